@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is quantized and how: plain frozen data, validated on construction, stored as JSON.
+
+`Scheme` is the bit widths, `QuantizationConfig` is what a checkpoint says about itself (its
+``quantization_config``), `RecipeConfig` is what `quantize` was asked to do.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefixquant.errors import UserError
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "prefixquant"
+
+_SCHEME = re.compile(r"w(\d+)a(\d+)kv(\d+)")
+_WEIGHT_BITS = (4, 8)
+_ACTIVATION_BITS = (4, 8, 16)
+_KV_BITS = (4, 8, 16)
+PREFIX_MODES = ("verified", "paper", "bos", "none")
+SOLVERS = ("rtn",)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Bit widths of weights, activations and KV cache; 16 means not quantized."""
+
+    weight_bits: int
+    activation_bits: int
+    kv_bits: int
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("weight_bits", _WEIGHT_BITS),
+            ("activation_bits", _ACTIVATION_BITS),
+            ("kv_bits", _KV_BITS),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise UserError(
+                    f"scheme: {name} expected one of {', '.join(map(str, allowed))}, got {value}"
+                )
+        if self.weight_bits == 8 and self.activation_bits == 4:
+            raise UserError("scheme: 8-bit weights with 4-bit activations have no kernel; use w8a8")
+
+    @classmethod
+    def parse(cls, text: str) -> "Scheme":
+        """``"w4a4kv4"`` -> ``Scheme(4, 4, 4)``."""
+        match = _SCHEME.fullmatch(text.lower())
+        if match is None:
+            raise UserError(f"scheme: expected the form w4a4kv4, got {text!r}")
+        return cls(*map(int, match.groups()))
+
+    def __str__(self) -> str:
+        return f"w{self.weight_bits}a{self.activation_bits}kv{self.kv_bits}"
+
+
+def _from_dict(cls: type, data: dict[str, Any], where: str):
+    """Builds the dataclass ``cls`` from JSON data, rejecting unknown and missing keys."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise UserError(f"{where}: unknown key {unknown[0]!r}")
+    missing = sorted(
+        name
+        for name, f in fields.items()
+        if name not in data
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    )
+    if missing:
+        raise UserError(f"{where}: missing key {missing[0]!r}")
+    return cls(**data)
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """Which Hadamard rotations the checkpoint's tensors contain (SpinQuant's R1-R4).
+
+    R1 and R2 are folded into the weights; R3 (q and k after RoPE) and R4 (down_proj input) are
+    computed at run time. ``r4_block_size`` is the size of the R4 blocks: the intermediate size for
+    a full transform.
+    """
+
+    r1: bool = True
+    r2: bool = True
+    r3: bool = True
+    r4: bool = True
+    r4_block_size: int = 0
+
+    def __post_init__(self):
+        for name in ("r1", "r2", "r3", "r4"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"rotations: {name} expected true or false")
+        if type(self.r4_block_size) is not int or self.r4_block_size < 0:
+            raise UserError("rotations: r4_block_size expected an integer >= 0")
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """A checkpoint's ``quantization_config``; docs/checkpoint-format.md describes every key."""
+
+    weight_bits: int
+    activation_bits: int
+    kv_bits: int
+    rotations: Rotations
+    prefix_token_ids: tuple[int, ...]
+    prefix_text: tuple[str, ...]
+    prefix_mode: str
+    solver: str
+    producer: str
+    quant_method: str = QUANT_METHOD
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self):
+        if self.quant_method != QUANT_METHOD:
+            raise UserError(
+                f"quantization_config: quant_method expected {QUANT_METHOD!r}, "
+                f"got {self.quant_method!r}"
+            )
+        if self.format_version != FORMAT_VERSION:
+            raise UserError(
+                f"quantization_config: format_version expected {FORMAT_VERSION}, "
+                f"got {self.format_version!r}"
+            )
+        _ = self.scheme
+        if any(type(t) is not int or t < 0 for t in self.prefix_token_ids):
+            raise UserError("quantization_config: prefix_token_ids expected integers >= 0")
+        if len(self.prefix_text) != len(self.prefix_token_ids):
+            raise UserError(
+                "quantization_config: prefix_text expected one text per prefix token, "
+                f"got {len(self.prefix_text)} for {len(self.prefix_token_ids)}"
+            )
+
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme(self.weight_bits, self.activation_bits, self.kv_bits)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "QuantizationConfig":
+        if not isinstance(data, dict):
+            raise UserError("quantization_config: expected an object")
+        data = dict(data)
+        if data.get("quant_method") != QUANT_METHOD:
+            raise UserError(
+                f"quantization_config: quant_method expected {QUANT_METHOD!r}, "
+                f"got {data.get('quant_method')!r}"
+            )
+        # The version comes first: a later format may have other keys, and that is the thing to say.
+        if data.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"quantization_config: format_version expected {FORMAT_VERSION}, "
+                f"got {data.get('format_version')!r}"
+            )
+        rotations = data.get("rotations")
+        if not isinstance(rotations, dict):
+            raise UserError("quantization_config: rotations expected an object")
+        data["rotations"] = _from_dict(Rotations, rotations, "rotations")
+        for key in ("prefix_token_ids", "prefix_text"):
+            if not isinstance(data.get(key), list | tuple):
+                raise UserError(f"quantization_config: {key} expected a list")
+            data[key] = tuple(data[key])
+        return _from_dict(cls, data, "quantization_config")
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """What `prefixquant.quantize` is asked to do. The defaults are design values of the paper
+    (PrefixQuant, section 5 and appendix): 64 x 512 tokens for the outlier scan and the maxima."""
+
+    scheme: Scheme = field(default_factory=lambda: Scheme(4, 4, 4))
+    solver: str = "rtn"
+    prefix: str = "verified"  # a mode of PREFIX_MODES, or "text:..." for the user's own tokens
+    eta: float = 64.0  # a token is an outlier where its abs-max exceeds eta times the median
+    nsamples: int = 64
+    seqlen: int = 512
+    search_samples: int = 8
+    search_seqlen: int = 1024
+    r4_block_size: int = 0  # 0: the whole intermediate size
+    rotate: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.solver not in SOLVERS:
+            raise UserError(f"solver: expected one of {', '.join(SOLVERS)}, got {self.solver!r}")
+        if self.prefix not in PREFIX_MODES and not self.prefix.startswith("text:"):
+            raise UserError(
+                f"prefix: expected one of {', '.join(PREFIX_MODES)} or text:..., got {self.prefix!r}"
+            )
+        if not self.eta > 1:
+            raise UserError(f"eta: expected a number above 1, got {self.eta}")
+        for name in ("nsamples", "seqlen", "search_samples", "search_seqlen"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.r4_block_size < 0:
+            raise UserError(f"r4_block_size: expected >= 0, got {self.r4_block_size}")

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The errors that are the user's to mend; the command line prints them in one line and exits with 2."""
+
+
+class UserError(ValueError):
+    """Wrong input: a missing file, an unsupported model, a bad flag, a damaged checkpoint."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used; the message names the file or tensor, what was expected and
+    what was found."""
+
+
+class UnsupportedModelError(UserError):
+    """A model whose architecture or sizes this package cannot quantize."""
