@@ -23,4 +23,12 @@ PYBIND11_MODULE(_C, m) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
   m.def("pack_int4", &pq::pack_int4, arg("q"), arg("packed"), nogil);
   m.def("unpack_int4", &pq::unpack_int4, arg("packed"), arg("q"), nogil);
+  m.def("prepack_w4", &pq::prepack_w4, arg("weight_packed"), arg("prepacked"), nogil);
+  m.def("unprepack_w4", &pq::unprepack_w4, arg("prepacked"), arg("weight_packed"), nogil);
+  m.def("prepack_w8", &pq::prepack_w8, arg("weight"), arg("prepacked"), nogil);
+  m.def("unprepack_w8", &pq::unprepack_w8, arg("prepacked"), arg("weight"), nogil);
+  m.def("gemm_w4", &pq::gemm_w4, arg("x"), arg("weight"), arg("weight_scale"), arg("input_scale"),
+        arg("bias"), arg("y"), nogil);
+  m.def("gemm_w8", &pq::gemm_w8, arg("x"), arg("weight"), arg("weight_scale"), arg("input_scale"),
+        arg("bias"), arg("y"), nogil);
 }

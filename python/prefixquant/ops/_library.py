@@ -28,3 +28,8 @@ def define(
         _LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"prefixquant::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.prefixquant, name).default
+
+
+def implement(name: str, function: Callable, dispatch_key: str = "CUDA") -> None:
+    """Adds the implementation for one more device to an operation that `define` registered."""
+    _LIBRARY.impl(name, function, dispatch_key)

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+// GEMM of int8 activations with 8-bit weights.
+#include "gemm_driver.h"
+
+PQ_ISA_NAMESPACE_BEGIN
+
+void gemm_w8_kernel(const GemmParams& p) { gemm<WeightW8>(p); }
+
+PQ_ISA_NAMESPACE_END
