@@ -254,3 +254,43 @@ def check_tensors(
             raise CheckpointError(
                 f"{where}: tensor {name} expected shape {list(spec.shape)}, got {list(shape)}"
             )
+
+
+_BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4}
+
+
+def storage(sizes: ModelSizes, quantization: QuantizationConfig) -> dict[str, int]:
+    """Bytes on the disk by kind, and ``float16`` for the same tensors of the unquantized model.
+
+    A bias may be stored in 16 or 32 bits; it is counted as 16.
+    """
+    totals = dict.fromkeys(
+        ("linear_weights", "weight_scales", "biases", "static_scales", "prefix", "norms"), 0
+    )
+    for name, spec in layer_tensors(sizes, quantization).items():
+        if name.endswith(".weight_packed"):
+            kind = "linear_weights"
+        elif name.endswith(".weight_scale"):
+            kind = "weight_scales"
+        elif name.endswith(".bias"):
+            kind = "biases"
+        elif spec.is_scale:
+            kind = "static_scales"
+        elif ".prefix_" in name:
+            kind = "prefix"
+        else:
+            kind = "norms"
+        totals[kind] += math.prod(spec.shape) * _BYTES[spec.dtypes[0]] * sizes.num_layers
+    totals["norms"] += 2 * sizes.hidden_size
+    totals["embedding"] = totals["lm_head"] = 2 * sizes.vocab_size * sizes.hidden_size
+    total = sum(totals.values())
+    linear_values = sizes.num_layers * sum(n * k for n, k, _ in sizes.linears().values())
+    totals["total"] = total
+    totals["float16"] = (
+        2 * linear_values
+        + totals["embedding"]
+        + totals["lm_head"]
+        + totals["norms"]
+        + totals["biases"]
+    )
+    return totals

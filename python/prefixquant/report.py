@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands report: plain data for report.json, and that data as text for people.
+
+report.html is made of the same data by `prefixquant.report_html`.
+"""
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefixquant import checkpoint_layout
+from prefixquant.config import QuantizationConfig, RecipeConfig, Rotations
+
+REPORT_VERSION = 1
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def quantize_report(
+    details: Mapping[str, Any],
+    recipe: RecipeConfig,
+    quantization: QuantizationConfig,
+    *,
+    source: str,
+    calibration: str,
+    command: Sequence[str],
+    seconds: float,
+) -> dict[str, Any]:
+    """The report of `quantize`: ``details`` is what the pipeline says, the rest is its setting."""
+    return {
+        **_head("quantize", command),
+        "model": source,
+        "scheme": str(quantization.scheme),
+        "recipe": {**dataclasses.asdict(recipe), "scheme": str(recipe.scheme)},
+        "calibration_text": calibration,
+        "quantization": quantization.to_dict(),
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        **details,
+    }
+
+
+def eval_report(
+    evaluation: Mapping[str, Any], target: str, *, command: Sequence[str]
+) -> dict[str, Any]:
+    return {
+        **_head("eval", command),
+        "model": target,
+        "evaluation": dict(evaluation),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def plan_report(config: Any, model: str, recipe: RecipeConfig) -> dict[str, Any]:
+    """What `quantize` would make, from the model's transformers config alone.
+
+    Raises:
+        UnsupportedModelError: as `quantize` would.
+    """
+    from prefixquant.roles import model_geometry, model_roles
+    from prefixquant.rotate import plan_rotations
+
+    model_roles(config)
+    geometry = model_geometry(config)
+    plan_rotations(
+        geometry, rotate=recipe.rotate, r4_block_size=recipe.r4_block_size, seed=recipe.seed
+    )
+    sizes = checkpoint_layout.ModelSizes.from_config(config.to_dict(), model)
+    # The prefix is found during the run; one token is the usual length and its size hardly counts.
+    length = 0 if recipe.prefix == "none" else 1
+    quantization = QuantizationConfig(
+        weight_bits=recipe.scheme.weight_bits,
+        activation_bits=recipe.scheme.activation_bits,
+        kv_bits=recipe.scheme.kv_bits,
+        rotations=Rotations(r4_block_size=recipe.r4_block_size or geometry.intermediate),
+        prefix_token_ids=(0,) * length,
+        prefix_text=("",) * length,
+        prefix_mode=recipe.prefix,
+        solver=recipe.solver,
+        producer="dry run",
+    )
+    return {
+        **_head("dry-run", sys.argv),
+        "model": model,
+        "scheme": str(recipe.scheme),
+        "architecture": dataclasses.asdict(sizes),
+        "bytes": checkpoint_layout.storage(sizes, quantization),
+        "calibration_tokens_needed": {
+            "maxima": recipe.nsamples * recipe.seqlen,
+            "search": recipe.search_samples * recipe.search_seqlen,
+        },
+        "note": "the prefix is counted as one token a layer",
+    }
+
+
+def inspect_report(checkpoint: Any) -> dict[str, Any]:
+    return {
+        "path": str(checkpoint.path),
+        "scheme": str(checkpoint.quantization.scheme),
+        "quantization": checkpoint.quantization.to_dict(),
+        "architecture": dataclasses.asdict(checkpoint.sizes),
+        "tensors": len(checkpoint.tensors),
+        "bytes": checkpoint_layout.storage(checkpoint.sizes, checkpoint.quantization),
+    }
+
+
+def _head(command_name: str, command: Sequence[str]) -> dict[str, Any]:
+    from prefixquant.doctor import environment
+
+    return {
+        "report_version": REPORT_VERSION,
+        "command": command_name,
+        "command_line": shlex.join(["prefixquant", *command[1:]]),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "environment": environment(),
+    }
+
+
+def peak_memory_bytes() -> dict[str, int]:
+    """The most that this process has had so far: resident host memory, and CUDA memory if used."""
+    peak: dict[str, int] = {}
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        pass
+    else:
+        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak["host"] = rss if sys.platform == "darwin" else rss * 1024
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        peak["cuda"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def report_json(data: Mapping[str, Any]) -> str:
+    """Strict JSON: a NaN becomes null, tensors and tuples become lists."""
+    return json.dumps(_plain(data), indent=2, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if hasattr(value, "tolist"):  # torch and numpy, scalars too
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return str(value)
+
+
+def replace_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Writes each file beside its place and renames it there: never half a report."""
+    for name, content in files.items():
+        handle, partial = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+                file.write(content)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(partial, 0o666 & ~umask)
+            os.replace(partial, folder / name)
+        except BaseException:
+            os.unlink(partial)
+            raise
+
+
+# ---------------------------------------------------------------------------- text
+
+
+def format_bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded with spaces, the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _describe_bytes(sizes: Mapping[str, int]) -> list[list[str]]:
+    rows = [
+        [kind.replace("_", " "), format_bytes(count)]
+        for kind, count in sizes.items()
+        if count and kind not in ("total", "float16")
+    ]
+    rows.append(["total", format_bytes(sizes["total"])])
+    rows.append(["the model in 16 bits", format_bytes(sizes["float16"])])
+    return rows
+
+
+def _describe_prefix(quantization: Mapping[str, Any]) -> str:
+    pairs = zip(quantization["prefix_token_ids"], quantization["prefix_text"], strict=True)
+    tokens = ", ".join(f"{text!r} ({token})" for token, text in pairs)
+    return f"{tokens or 'none'}; mode {quantization['prefix_mode']}"
+
+
+def describe_plan(plan: Mapping[str, Any]) -> str:
+    needed = plan["calibration_tokens_needed"]
+    rows = [["scheme", plan["scheme"]], *_describe_bytes(plan["bytes"])]
+    rows.append(["calibration tokens", str(max(needed.values()))])
+    return table(rows) + "\ndry run: nothing was written"
+
+
+def describe_checkpoint(report: Mapping[str, Any]) -> str:
+    quantization, sizes = report["quantization"], report["architecture"]
+    rotations = quantization["rotations"]
+    names = [name.upper() for name in ("r1", "r2", "r3", "r4") if rotations[name]]
+    lines = [
+        f"{report['path']}: prefixquant checkpoint, format {quantization['format_version']}",
+        f"model      {sizes['model_type']}, {sizes['num_layers']} layers, hidden "
+        f"{sizes['hidden_size']}, intermediate {sizes['intermediate_size']}, heads "
+        f"{sizes['num_heads']}/{sizes['num_kv_heads']} x {sizes['head_dim']}, vocabulary "
+        f"{sizes['vocab_size']}",
+        f"scheme     {report['scheme']}, solver {quantization['solver']}, by "
+        f"{quantization['producer']}",
+        f"prefix     {_describe_prefix(quantization)}",
+        f"rotations  {', '.join(names) or 'none'}"
+        + (f" (R4 blocks of {rotations['r4_block_size']})" if rotations["r4"] else ""),
+        f"tensors    {report['tensors']}",
+        "",
+        table(_describe_bytes(report["bytes"])),
+    ]
+    return "\n".join(lines)
+
+
+def describe_quantize(report: Mapping[str, Any], output: Path) -> str:
+    from prefixquant.progress import format_seconds
+
+    lines = [
+        f"prefix: {_describe_prefix(report['quantization'])}",
+        f"time: {format_seconds(report['seconds'])}, peak memory: "
+        + ", ".join(f"{format_bytes(v)} {k}" for k, v in report["peak_memory_bytes"].items()),
+    ]
+    if "evaluation" in report:
+        lines.append(describe_evaluation(report))
+    lines.append(f"checkpoint: {output}")
+    return "\n".join(lines)
+
+
+def describe_evaluation(report: Mapping[str, Any]) -> str:
+    result = report["evaluation"]
+    protocol = result["protocol"]
+    line = f"perplexity {result['ppl']:.3f}"
+    if "kl" in result:
+        line += f", KL {result['kl']:.4f}, top-1 agreement {100 * result['top1']:.1f}%"
+    return (
+        f"{line} ({protocol['windows']} windows of {protocol['seqlen']} tokens of "
+        f"{protocol['text']}, last {100 * protocol['tail']:.0f}% of the text)"
+    )
+
+
+def describe_scan(report: Mapping[str, Any]) -> str:
+    return report_json(report).rstrip()
+
+
+def model_card(
+    config: Mapping[str, Any],
+    quantization: QuantizationConfig,
+    report: Mapping[str, Any] | None = None,
+) -> str:
+    """The README.md of a checkpoint."""
+    report = report or {}
+    source = str(report.get("model", ""))
+    # Only a hub name may stand as base_model; a local path says nothing to anyone else.
+    is_hub_name = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    if is_hub_name and Path(source).exists():
+        is_hub_name = False
+    scheme = quantization.scheme
+    front = ["---", "library_name: prefixquant", "tags:", "- prefixquant", f"- {scheme}"]
+    if is_hub_name:
+        front += [f"base_model: {source}", "base_model_relation: quantized"]
+    lines = [
+        *front,
+        "---",
+        "",
+        f"# {config.get('model_type', 'model')} quantized to {scheme} with prefixquant",
+        "",
+        f"Weights {scheme.weight_bits} bits per output channel, activations "
+        f"{scheme.activation_bits} bits static per tensor, KV cache {scheme.kv_bits} bits static.",
+        f"Prefix: {_describe_prefix(quantization.to_dict())}. Solver: {quantization.solver}.",
+        "",
+        "```python",
+        "import prefixquant",
+        "",
+        'model = prefixquant.load("path/to/this/folder")',
+        'tokenizer = prefixquant.load_tokenizer("path/to/this/folder")',
+        "```",
+        "",
+        "The model brings its own prefix, BOS included: give it text without special tokens.",
+    ]
+    if "evaluation" in report:
+        lines += ["", "## Evaluation", "", describe_evaluation(report) + "."]
+    if "command_line" in report:
+        lines += ["", "## Made by", "", "```", report["command_line"], "```"]
+    versions = report.get("environment", {}).get("versions", {})
+    if versions:
+        lines += ["", ", ".join(f"{k} {v}" for k, v in versions.items()) + "."]
+    return "\n".join(lines) + "\n"
