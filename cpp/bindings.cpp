@@ -31,4 +31,19 @@ PYBIND11_MODULE(_C, m) {
         arg("bias"), arg("y"), nogil);
   m.def("gemm_w8", &pq::gemm_w8, arg("x"), arg("weight"), arg("weight_scale"), arg("input_scale"),
         arg("bias"), arg("y"), nogil);
+  m.def("quantize_static", &pq::quantize_static, arg("x"), arg("scale"), arg("bits"), arg("q"), nogil);
+  m.def("rmsnorm_quantize", &pq::rmsnorm_quantize, arg("x"), arg("weight"), arg("eps"), arg("scale"),
+        arg("bits"), arg("q"), nogil);
+  m.def("hadamard", &pq::hadamard, arg("x"), arg("signs"), arg("block_size"), arg("y"), nogil);
+  m.def("hadamard_quantize", &pq::hadamard_quantize, arg("x"), arg("signs"), arg("block_size"),
+        arg("scale"), arg("bits"), arg("q"), nogil);
+  m.def("swiglu_hadamard_quantize", &pq::swiglu_hadamard_quantize, arg("gate"), arg("up"),
+        arg("signs"), arg("block_size"), arg("scale"), arg("bits"), arg("q"), nogil);
+  m.def("outlier_scan", &pq::outlier_scan, arg("x"), arg("eta"), arg("row_max"), arg("median"),
+        arg("is_outlier"), nogil);
+  m.def("kv_quantize", &pq::kv_quantize, arg("x"), arg("scale"), arg("bits"), arg("signs"),
+        arg("block_size"), arg("q"), nogil);
+  m.def("kv_append", &pq::kv_append, arg("x"), arg("scale"), arg("bits"), arg("signs"),
+        arg("block_size"), arg("cache"), arg("position"), nogil);
+  m.def("kv_dequantize", &pq::kv_dequantize, arg("q"), arg("scale"), arg("bits"), arg("y"), nogil);
 }

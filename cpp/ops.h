@@ -22,4 +22,33 @@ void gemm_w4(const TensorView& x, const TensorView& weight, const TensorView& we
 void gemm_w8(const TensorView& x, const TensorView& weight, const TensorView& weight_scale,
              const TensorView& input_scale, const OptionalTensor& bias, const TensorView& y);
 
+// quantize.cpp
+void quantize_static(const TensorView& x, const TensorView& scale, int64_t bits,
+                     const TensorView& q);
+
+// rmsnorm_quant.cpp
+void rmsnorm_quantize(const TensorView& x, const OptionalTensor& weight, double eps,
+                      const TensorView& scale, int64_t bits, const TensorView& q);
+
+// hadamard.cpp
+void hadamard(const TensorView& x, const OptionalTensor& signs, int64_t block_size,
+              const TensorView& y);
+void hadamard_quantize(const TensorView& x, const OptionalTensor& signs, int64_t block_size,
+                       const TensorView& scale, int64_t bits, const TensorView& q);
+void swiglu_hadamard_quantize(const TensorView& gate, const TensorView& up,
+                              const OptionalTensor& signs, int64_t block_size,
+                              const TensorView& scale, int64_t bits, const TensorView& q);
+
+// outlier_scan.cpp
+void outlier_scan(const TensorView& x, double eta, const TensorView& row_max,
+                  const TensorView& median, const TensorView& is_outlier);
+
+// kv_quant.cpp
+void kv_quantize(const TensorView& x, const TensorView& scale, int64_t bits,
+                 const OptionalTensor& signs, int64_t block_size, const TensorView& q);
+void kv_append(const TensorView& x, const TensorView& scale, int64_t bits,
+               const OptionalTensor& signs, int64_t block_size, const TensorView& cache,
+               int64_t position);
+void kv_dequantize(const TensorView& q, const TensorView& scale, int64_t bits, const TensorView& y);
+
 }  // namespace prefixquant

@@ -10,15 +10,29 @@ from prefixquant.ops.gemm import (
     unprepack_w4,
     unprepack_w8,
 )
+from prefixquant.ops.hadamard import hadamard, hadamard_quantize, swiglu_hadamard_quantize
+from prefixquant.ops.kv_quant import kv_append, kv_dequantize, kv_quantize
+from prefixquant.ops.outlier_scan import outlier_scan
 from prefixquant.ops.pack_int4 import pack_int4, unpack_int4
+from prefixquant.ops.quantize import quantize_static
+from prefixquant.ops.rmsnorm_quant import rmsnorm_quantize
 
 __all__ = [
     "gemm_w4a4",
     "gemm_w4a8",
     "gemm_w8a8",
+    "hadamard",
+    "hadamard_quantize",
+    "kv_append",
+    "kv_dequantize",
+    "kv_quantize",
+    "outlier_scan",
     "pack_int4",
     "prepack_w4",
     "prepack_w8",
+    "quantize_static",
+    "rmsnorm_quantize",
+    "swiglu_hadamard_quantize",
     "unpack_int4",
     "unprepack_w4",
     "unprepack_w8",

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+// Computes y = (H_k (x) H_{2^m}) x / sqrt(2^m k) of one block in place, float32.
+//
+// Layout: the block is [k, 2^m], k outer. Order of the additions, part of the operation's definition:
+// butterflies (a + b, a - b) over the 2^m part with distance h = 1, 2, 4, ..., then for each output
+// row i the sum over j = 0..k-1 of sign[i, j] * x[j, :], then one multiplication by `norm`.
+// Several butterfly stages are done in registers at a time; that changes no operand of any addition.
+#pragma once
+
+#include "simd.h"
+
+PQ_ISA_NAMESPACE_BEGIN
+
+constexpr int kSignRows = 4;  // rows of the sign matrix that are summed together; 4 divides every k > 2
+
+// Lane i of the result is lane i ^ H of v.
+template <int H>
+PQ_INLINE Floats<kLanes> swap_lanes(Floats<kLanes> v) {
+  Ints<kLanes> index;
+  for (int i = 0; i < kLanes; ++i) index[i] = i ^ H;
+#if defined(__clang__)
+  Floats<kLanes> swapped;
+  for (int i = 0; i < kLanes; ++i) swapped[i] = v[i ^ H];
+  return swapped;
+#else
+  return __builtin_shuffle(v, index);
+#endif
+}
+
+// One butterfly stage inside a register: the upper lane of a pair computes a - b as a + (-b), which is
+// the same IEEE operation.
+template <int H>
+PQ_INLINE Floats<kLanes> butterfly_lanes(Floats<kLanes> v) {
+  Words<kLanes> sign;
+  for (int i = 0; i < kLanes; ++i) sign[i] = (i & H) ? 0x80000000u : 0u;
+  return swap_lanes<H>(v) + (Floats<kLanes>)((Words<kLanes>)v ^ sign);
+}
+
+PQ_INLINE Floats<kLanes> butterflies_in_register(Floats<kLanes> v, int64_t pow2) {
+  if (pow2 >= 2) v = butterfly_lanes<1>(v);
+  if (pow2 >= 4) v = butterfly_lanes<2>(v);
+  if (kLanes >= 8 && pow2 >= 8) v = butterfly_lanes<(kLanes >= 8 ? 4 : 1)>(v);
+  if (kLanes >= 16 && pow2 >= 16) v = butterfly_lanes<(kLanes >= 16 ? 8 : 1)>(v);
+  return v;
+}
+
+// COUNT (a power of two) vectors at distance `step`: log2(COUNT) butterfly stages between them.
+template <int COUNT>
+PQ_INLINE void butterflies_between(Floats<kLanes> (&v)[COUNT]) {
+#pragma GCC unroll 8
+  for (int h = 1; h < COUNT; h *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < COUNT; ++i) {
+      if (i & h) continue;
+      const Floats<kLanes> a = v[i], b = v[i + h];
+      v[i] = a + b;
+      v[i + h] = a - b;
+    }
+  }
+}
+
+template <int COUNT>
+PQ_INLINE void butterfly_pass(float* x, int64_t total, int64_t step) {
+  for (int64_t base = 0; base < total; base += COUNT * step) {
+    for (int64_t c = base; c < base + step; c += kLanes) {
+      Floats<kLanes> v[COUNT];
+#pragma GCC unroll 8
+      for (int i = 0; i < COUNT; ++i) v[i] = load<Floats<kLanes>>(x + c + i * step);
+      butterflies_between(v);
+#pragma GCC unroll 8
+      for (int i = 0; i < COUNT; ++i) store(x + c + i * step, v[i]);
+    }
+  }
+}
+
+// FWHT of every group of pow2 consecutive floats among `total` (a multiple of pow2; padded to kLanes).
+PQ_INLINE void fwht(float* x, int64_t total, int64_t pow2) {
+  int64_t h;  // the next distance
+  if (pow2 >= 8 * kLanes) {
+    for (int64_t c = 0; c < total; c += 8 * kLanes) {
+      Floats<kLanes> v[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        v[i] = butterflies_in_register(load<Floats<kLanes>>(x + c + i * kLanes), kLanes);
+      }
+      butterflies_between(v);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) store(x + c + i * kLanes, v[i]);
+    }
+    h = 8 * kLanes;
+  } else {
+    if (pow2 > 1) {
+      for (int64_t c = 0; c < total; c += kLanes) {
+        store(x + c, butterflies_in_register(load<Floats<kLanes>>(x + c), pow2));
+      }
+    }
+    h = kLanes;
+  }
+  for (; 8 * h <= pow2; h *= 8) butterfly_pass<8>(x, total, h);
+  if (4 * h <= pow2) {
+    butterfly_pass<4>(x, total, h);
+    h *= 4;
+  }
+  if (2 * h <= pow2) butterfly_pass<2>(x, total, h);
+}
+
+// acc + sign * x. The product with +-1 is exact, so the fused form rounds like the separate one.
+template <typename V>
+PQ_INLINE V add_signed(V acc, float sign, V x) {
+  return acc + sign * x;
+}
+#if defined(__AVX512F__)
+template <>
+inline __attribute__((always_inline)) Floats<16> add_signed(Floats<16> acc, float sign, Floats<16> x) {
+  return (Floats<16>)_mm512_fmadd_ps(_mm512_set1_ps(sign), (__m512)x, (__m512)acc);
+}
+#endif
+
+// ROWS rows of y[:, c .. c + COLS * W) from signs [k, ROWS] (one group of HadamardParams::signs).
+template <int ROWS, int COLS, int W>
+PQ_INLINE void sign_tile(const float* x, float* y, const float* signs, int64_t k, int64_t pow2,
+                         float norm) {
+  using V = Floats<W>;
+  V acc[ROWS][COLS] = {};
+  for (int64_t j = 0; j < k; ++j) {
+#pragma GCC unroll 4
+    for (int c = 0; c < COLS; ++c) {
+      const V v = load<V>(x + j * pow2 + c * W);
+#pragma GCC unroll 4
+      for (int i = 0; i < ROWS; ++i) acc[i][c] = add_signed(acc[i][c], signs[j * ROWS + i], v);
+    }
+  }
+  for (int i = 0; i < ROWS; ++i) {
+    for (int c = 0; c < COLS; ++c) store(y + i * pow2 + c * W, acc[i][c] * norm);
+  }
+}
+
+template <int ROWS, int W>
+PQ_INLINE void sign_pass(const float* x, float* y, const HadamardParams& p) {
+  for (int64_t i = 0; i < p.k; i += ROWS) {
+    const float* signs = p.signs + i * p.k;
+    float* out = y + i * p.pow2;
+    int64_t c = 0;
+    for (; c + 4 * W <= p.pow2; c += 4 * W) {
+      sign_tile<ROWS, 4, W>(x + c, out + c, signs, p.k, p.pow2, p.norm);
+    }
+    for (; c < p.pow2; c += W) sign_tile<ROWS, 1, W>(x + c, out + c, signs, p.k, p.pow2, p.norm);
+  }
+}
+
+// One block of p.block floats in `x`, padded with anything to a multiple of kLanes. Returns where the
+// result is: `x` itself when k = 1, otherwise `y` (as large as x, not overlapping).
+PQ_INLINE const float* hadamard_block(float* x, float* y, const HadamardParams& p) {
+  fwht(x, p.block, p.pow2);
+  if (p.k == 1) {
+    for (int64_t c = 0; c < p.block; c += kLanes) store(x + c, load<Floats<kLanes>>(x + c) * p.norm);
+    return x;
+  }
+  if (p.pow2 >= kLanes) {
+    sign_pass<kSignRows, kLanes>(x, y, p);
+  } else if (p.pow2 == 8) {
+    sign_pass<kSignRows, (kLanes > 8 ? 8 : kLanes)>(x, y, p);
+  } else if (p.pow2 == 4) {
+    sign_pass<kSignRows, 4>(x, y, p);
+  } else if (p.pow2 == 2) {
+    sign_pass<kSignRows, 2>(x, y, p);
+  } else {
+    sign_pass<kSignRows, 1>(x, y, p);
+  }
+  return y;
+}
+
+PQ_ISA_NAMESPACE_END

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the row kernels are told: plain structs, filled by the operation's .cpp file and read by every
+// compiled copy of the kernel. Strides are in elements.
+#pragma once
+
+#include <cstdint>
+
+namespace prefixquant {
+
+enum class FloatType : uint8_t { kFloat32, kBFloat16, kFloat16 };
+
+// q = clamp(rint(x * inv_scale), qmin, qmax); NaN -> 0.
+struct QuantizerParams {
+  float inv_scale;  // float32(1) / scale
+  float qmin;       // -2^(bits-1)
+  float qmax;       //  2^(bits-1) - 1
+};
+
+// One Hadamard of size block = pow2 * k; k outer. block = 1 stands for "no transform".
+struct HadamardParams {
+  int64_t block;
+  int64_t pow2;
+  int64_t k;
+  const float* signs;  // +-1, the [k, k] matrix regrouped by HadamardPlan (cpp/rows.h)
+  float norm;          // float32(1 / sqrt(block))
+};
+
+// Floats of a row that a kernel without a transform keeps in L1 at a time.
+constexpr int64_t kRowChunk = 2048;
+
+struct QuantizeRows {
+  const void* x;  // [rows, cols]
+  FloatType x_type;
+  int64_t x_stride;
+  int8_t* q;  // [rows, cols] contiguous
+  int64_t cols;
+  QuantizerParams quantizer;
+};
+
+struct RmsnormQuantizeRows {
+  const void* x;  // [rows, cols]
+  FloatType x_type;
+  int64_t x_stride;
+  const void* weight;  // [cols] or null
+  FloatType weight_type;
+  double eps;
+  int8_t* q;  // [rows, cols] contiguous
+  int64_t cols;
+  QuantizerParams quantizer;
+};
+
+struct HadamardRows {
+  const void* x;  // [rows, cols], or the gate when `up` is there
+  FloatType x_type;
+  int64_t x_stride;
+  const void* up;  // [rows, cols] of x_type or null
+  int64_t up_stride;
+  void* y;  // [rows, cols] contiguous: x_type when it is not quantized, int8 when it is
+  bool quantized;
+  int64_t cols;
+  HadamardParams hadamard;
+  QuantizerParams quantizer;
+};
+
+struct AbsMaxRows {
+  const void* x;  // [rows, cols]
+  FloatType x_type;
+  int64_t x_stride;
+  float* row_max;  // [rows]
+  int64_t cols;
+};
+
+// Rows are numbered ((b * heads) + h) * tokens + t.
+struct KvRows {
+  int64_t heads;
+  int64_t tokens;
+  int64_t dim;  // D, of the unpacked rows
+  int bits;  // 4: two values a byte, even index in the low nibble; 8: int8
+  const void* x;  // [B, H, T, D], D contiguous
+  FloatType x_type;
+  int64_t x_strides[3];
+  uint8_t* q;  // [B, H, T, D/2 or D]; for an append it points at token `position`
+  int64_t q_strides[3];
+  const float* scale;  // [H]
+  HadamardParams hadamard;
+  void* y;  // kv_dequantize only: [B, H, T, D] contiguous of y_type
+  FloatType y_type;
+};
+
+}  // namespace prefixquant

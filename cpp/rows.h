@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the row-wise operations share on the host side: a tensor as rows, the quantizer's constants,
+// the plan of a Hadamard transform, and the split of the rows among threads.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "gemm_params.h"  // thread_scratch
+#include "kernels/params.h"
+#include "tensor_view.h"
+
+namespace prefixquant {
+
+// A tensor [..., cols] whose leading dimensions share one stride.
+struct RowView {
+  int64_t rows = 1;
+  int64_t cols = 0;
+  int64_t stride = 0;  // elements from row to row
+
+  RowView(const ArgumentChecker& check, const TensorView& t, const char* name) {
+    PQ_CHECK(check.op, t.ndim >= 1 && t.size(-1) >= 1, name,
+             ": expected at least one dimension and a last one of size 1 or more, got shape ",
+             t.shape_text());
+    cols = t.size(-1);
+    bool regular = cols == 1 || t.stride(-1) == 1;
+    for (int i = t.ndim - 2; i >= 0; --i) {
+      if (t.shape[i] == 1) continue;
+      if (rows == 1) stride = t.strides[i];
+      regular = regular && t.strides[i] == rows * stride;
+      rows *= t.shape[i];
+    }
+    PQ_CHECK(check.op, regular || rows == 0, name,
+             ": expected a contiguous last dimension and rows at one distance, got shape ",
+             t.shape_text(), " with other strides");
+  }
+};
+
+inline FloatType float_type(const ArgumentChecker& check, const TensorView& t, const char* name) {
+  check.floating(t, name);
+  if (t.dtype == DType::kFloat32) return FloatType::kFloat32;
+  return t.dtype == DType::kBFloat16 ? FloatType::kBFloat16 : FloatType::kFloat16;
+}
+
+// The int8 result of quantizing `like`.
+inline void check_quantized(const ArgumentChecker& check, const TensorView& q,
+                            const TensorView& like, const char* like_name) {
+  check.on_cpu(q, "q");
+  check.dtype(q, "q", DType::kInt8);
+  check.contiguous(q, "q");
+  check.same_shape(q, "q", like, like_name);
+}
+
+// `scale` float32 0-dim, bits 2..8.
+inline QuantizerParams quantizer_params(const ArgumentChecker& check, const TensorView& scale,
+                                        int64_t bits) {
+  check.on_cpu(scale, "scale");
+  check.dtype(scale, "scale", DType::kFloat32);
+  check.rank(scale, "scale", 0);
+  PQ_CHECK(check.op, bits >= 2 && bits <= 8, "bits: expected 2 to 8, got ", bits);
+  const float qmax = static_cast<float>((1 << (bits - 1)) - 1);
+  return {1.0f / *scale.data<float>(), -qmax - 1.0f, qmax};
+}
+
+// Checks (signs, block_size) and regroups the sign matrix for the kernel: float32, groups of 4 rows,
+// and inside a group all four signs of a column together. The regrouped matrix lives in the calling
+// thread's scratch until its next plan.
+inline HadamardParams hadamard_params(const ArgumentChecker& check, const OptionalTensor& signs,
+                                      int64_t block_size) {
+  constexpr int64_t kGroup = 4;
+  PQ_CHECK(check.op, block_size >= 1, "block_size: expected 1 or more, got ", block_size);
+  int64_t k = 1;
+  float* regrouped = nullptr;
+  if (signs) {
+    check.on_cpu(*signs, "signs");
+    check.dtype(*signs, "signs", DType::kInt8);
+    check.rank(*signs, "signs", 2);
+    check.contiguous(*signs, "signs");
+    k = signs->size(0);
+    PQ_CHECK(check.op, signs->size(1) == k && k % kGroup == 0 && k > 0,
+             "signs: expected a square matrix of a size that 4 divides, got shape ",
+             signs->shape_text());
+    regrouped = static_cast<float*>(thread_scratch(ScratchSlot::kPanel, k * k * sizeof(float)));
+    const int8_t* source = signs->data<int8_t>();
+    bool only_signs = true;
+    for (int64_t i = 0; i < k; ++i) {
+      float* group = regrouped + i / kGroup * kGroup * k + i % kGroup;
+      for (int64_t j = 0; j < k; ++j) {
+        const int8_t sign = source[i * k + j];
+        only_signs = only_signs && (sign == 1 || sign == -1);
+        group[j * kGroup] = sign;
+      }
+    }
+    PQ_CHECK(check.op, only_signs, "signs: expected values 1 and -1");
+  }
+  const int64_t pow2 = block_size / k;
+  PQ_CHECK(check.op, pow2 * k == block_size && pow2 > 0 && (pow2 & (pow2 - 1)) == 0,
+           "block_size: expected a power of two times ", k, " (the size of signs), got ", block_size);
+  return {block_size, pow2, k, regrouped,
+          static_cast<float>(1.0 / std::sqrt(static_cast<double>(block_size)))};
+}
+
+// Calls run(row_begin, row_end, scratch) on contiguous parts of the rows, one a thread; `scratch` has
+// room for scratch_floats and belongs to the thread. `elements_per_row` weighs the work: below
+// kSerialElements the rows are done here, because waking a thread takes 2 to 10 us.
+template <typename Run>
+void for_row_ranges(int64_t rows, int64_t elements_per_row, int64_t scratch_floats, Run&& run) {
+  constexpr int64_t kSerialElements = 1 << 15;
+  const auto scratch = [&] {
+    if (scratch_floats == 0) return static_cast<float*>(nullptr);
+    const int64_t bytes = scratch_floats * static_cast<int64_t>(sizeof(float));
+    return static_cast<float*>(thread_scratch(ScratchSlot::kRowData, bytes));
+  };
+  if (rows <= 0) return;
+  if (rows < 2 || rows * elements_per_row < kSerialElements || omp_get_max_threads() == 1) {
+    run(int64_t{0}, rows, scratch());
+    return;
+  }
+#pragma omp parallel
+  {
+    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    const int64_t begin = rows * thread / threads, end = rows * (thread + 1) / threads;
+    if (begin < end) run(begin, end, scratch());
+  }
+}
+
+}  // namespace prefixquant

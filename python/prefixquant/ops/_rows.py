@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small helpers of the row-wise operations."""
+
+import torch
+from torch import Tensor
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``x``, or a contiguous copy where its leading dimensions do not share one stride.
+
+    The kernels read rows at any one distance (a half of a gate-up tensor, say), so such views are
+    passed on without a copy.
+    """
+    if x.is_contiguous() or x.dim() < 2:
+        return x if x.dim() == 0 or x.stride(-1) == 1 else x.contiguous()
+    if x.stride(-1) != 1:
+        return x.contiguous()
+    rows, stride = 1, 0
+    for size, step in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if rows == 1:
+            stride = step
+        elif step != rows * stride:
+            return x.contiguous()
+        rows *= size
+    return x
+
+
+def new_int8(x: Tensor) -> Tensor:
+    """An uninitialised, contiguous int8 tensor of x's shape."""
+    return torch.empty(x.shape, dtype=torch.int8, device=x.device)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block Hadamard transforms of the last dimension, alone or fused with what surrounds R4."""
+
+import torch
+from torch import Tensor
+
+from prefixquant import _C
+from prefixquant.ops._library import define
+from prefixquant.ops._rows import as_rows, new_int8
+
+
+def _hadamard_cpu(x: Tensor, signs: Tensor | None, block_size: int) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype)
+    _C.hadamard(x=as_rows(x), signs=signs, block_size=block_size, y=y)
+    return y
+
+
+def _hadamard_quantize_cpu(
+    x: Tensor, signs: Tensor | None, block_size: int, scale: Tensor, bits: int
+) -> Tensor:
+    q = new_int8(x)
+    _C.hadamard_quantize(
+        x=as_rows(x), signs=signs, block_size=block_size, scale=scale, bits=bits, q=q
+    )
+    return q
+
+
+def _swiglu_hadamard_quantize_cpu(
+    gate: Tensor, up: Tensor, signs: Tensor | None, block_size: int, scale: Tensor, bits: int
+) -> Tensor:
+    q = new_int8(gate)
+    _C.swiglu_hadamard_quantize(
+        gate=as_rows(gate),
+        up=as_rows(up),
+        signs=signs,
+        block_size=block_size,
+        scale=scale,
+        bits=bits,
+        q=q,
+    )
+    return q
+
+
+_hadamard = define(
+    "hadamard(Tensor x, Tensor? signs, int block_size) -> Tensor",
+    fake=lambda x, signs, block_size: x.new_empty(x.shape),
+    cpu=_hadamard_cpu,
+)
+_hadamard_quantize = define(
+    "hadamard_quantize(Tensor x, Tensor? signs, int block_size, Tensor scale, int bits) -> Tensor",
+    fake=lambda x, signs, block_size, scale, bits: new_int8(x),
+    cpu=_hadamard_quantize_cpu,
+)
+_swiglu_hadamard_quantize = define(
+    "swiglu_hadamard_quantize(Tensor gate, Tensor up, Tensor? signs, int block_size, "
+    "Tensor scale, int bits) -> Tensor",
+    fake=lambda gate, up, signs, block_size, scale, bits: new_int8(gate),
+    cpu=_swiglu_hadamard_quantize_cpu,
+)
+
+
+def hadamard(x: Tensor, signs: Tensor | None, block_size: int) -> Tensor:
+    """``y = (H_k (x) H_{2^m}) x / sqrt(2^m k)`` on each block of 2^m k in the last dimension.
+
+    A block is read as [k, 2^m]: float32 butterflies over the 2^m part with distances 1, 2, 4, ...,
+    then the sum over j = 0..k-1 of ``signs[i, j] * x[j, :]``, then one multiplication.
+    `prefixquant.hadamard.split_size` gives k and `hadamard_signs` the signs.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., C], any strides; C a multiple of block_size.
+        signs: int8 [k, k] of 1 and -1, 4 divides k; None for k = 1.
+        block_size: 2^m k; 1 copies x.
+
+    Returns:
+        The dtype and shape of x, contiguous.
+
+    Raises:
+        ValueError: a wrong dtype, rank, size or sign.
+    """
+    return _hadamard(x, signs, block_size)
+
+
+def hadamard_quantize(
+    x: Tensor, signs: Tensor | None, block_size: int, scale: Tensor, bits: int
+) -> Tensor:
+    """``quantize_static(hadamard(float32(x)))``, the transform not rounded in between.
+
+    Args:
+        x, signs, block_size: as for `hadamard`.
+        scale, bits: as for `quantize_static`.
+
+    Returns:
+        int8, the shape of x, contiguous.
+
+    Raises:
+        ValueError: a wrong dtype, rank, size, sign or ``bits``.
+    """
+    return _hadamard_quantize(x, signs, block_size, scale, bits)
+
+
+def swiglu_hadamard_quantize(
+    gate: Tensor, up: Tensor, signs: Tensor | None, block_size: int, scale: Tensor, bits: int
+) -> Tensor:
+    """``quantize_static(hadamard(silu(gate) * up))``, all in float32.
+
+    ``silu(g) = g / (1 + exp(-g))`` with one fixed polynomial for exp (cpp/kernels/exp.h), the same
+    on every instruction set.
+
+    Args:
+        gate: float32, bfloat16 or float16 [..., C], any strides: a half of a gate-up tensor is read
+            in place.
+        up: the dtype and shape of gate, any strides.
+        signs, block_size: as for `hadamard`; block_size 1 leaves the transform out.
+        scale, bits: as for `quantize_static`.
+
+    Returns:
+        int8, the shape of gate, contiguous.
+
+    Raises:
+        ValueError: a wrong dtype, rank, size, sign or ``bits``.
+    """
+    return _swiglu_hadamard_quantize(gate, up, signs, block_size, scale, bits)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every operation computes, in plain torch: one function an operation.
+
+Integers are exact; float32 results follow the operation's definition rounding by rounding, so the
+kernels of every instruction set must give the same bits. `tests/test_reference.py` checks these
+functions against independent formulas.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+# ---- int4 packing ----
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    low, high = q[..., 0::2].int() & 15, q[..., 1::2].int() & 15
+    return (low | high << 4).to(torch.uint8)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    nibbles = torch.stack((packed.int() & 15, packed.int() >> 4), dim=-1).flatten(-2)
+    return ((nibbles ^ 8) - 8).to(torch.int8)
+
+
+# ---- quantizer ----
+
+
+def quantize_static(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    inverse = torch.ones((), dtype=torch.float32) / scale
+    q = (x.float() * inverse).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return q.nan_to_num(nan=0.0).to(torch.int8)
+
+
+def rmsnorm_quantize(
+    x: Tensor, weight: Tensor | None, eps: float, scale: Tensor, bits: int
+) -> Tensor:
+    mean = x.double().square().sum(-1, keepdim=True) / x.shape[-1]
+    rstd = (1.0 / (mean + eps).sqrt()).float()
+    y = x.float() * rstd
+    if weight is not None:
+        y = y * weight.float()
+    return quantize_static(y, scale, bits)
+
+
+# ---- Hadamard ----
+
+
+def hadamard_float32(x: Tensor, signs: Tensor | None, block_size: int) -> Tensor:
+    """The transform before it is rounded to the dtype of x."""
+    k = 1 if signs is None else signs.shape[0]
+    pow2 = block_size // k
+    y = x.float().reshape(-1, k, pow2)
+    h = 1
+    while h < pow2:
+        pairs = y.reshape(-1, pow2 // (2 * h), 2, h)
+        a, b = pairs[:, :, 0], pairs[:, :, 1]
+        y = torch.stack((a + b, a - b), dim=2)
+        h *= 2
+    y = y.reshape(-1, k, pow2)
+    if signs is not None:
+        total = torch.zeros_like(y)
+        for j in range(k):
+            total = total + signs[:, j].float()[None, :, None] * y[:, None, j]
+        y = total
+    norm = torch.tensor(1.0 / math.sqrt(block_size), dtype=torch.float32)
+    return (y * norm).reshape(x.shape)
+
+
+def hadamard(x: Tensor, signs: Tensor | None, block_size: int) -> Tensor:
+    return hadamard_float32(x, signs, block_size).to(x.dtype)
+
+
+def hadamard_quantize(
+    x: Tensor, signs: Tensor | None, block_size: int, scale: Tensor, bits: int
+) -> Tensor:
+    return quantize_static(hadamard_float32(x, signs, block_size), scale, bits)
+
+
+# ---- SwiGLU ----
+
+
+def exp_float32(x: Tensor) -> Tensor:
+    """exp of float32, operation by operation as in cpp/kernels/exp.h."""
+    x = x.clamp(-104.0, 89.0)
+    shifted = x * 1.44269504088896341 + 12582912.0
+    n_float = shifted - 12582912.0
+    n = n_float.nan_to_num(nan=0.0).int()
+    r = (x - n_float * 0.693359375) - n_float * -2.12194440e-4
+    poly = r * 1.9875691500e-4 + 1.3981999507e-3
+    for c in (8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        poly = poly * r + c
+    e_r = (poly * (r * r) + r) + 1.0
+    half = n >> 1
+    scale0 = ((half + 127) << 23).view(torch.float32)
+    scale1 = ((n - half + 127) << 23).view(torch.float32)
+    return (e_r * scale0) * scale1
+
+
+def silu_float32(g: Tensor) -> Tensor:
+    return g / (exp_float32(-g) + 1.0)
+
+
+def swiglu_hadamard_quantize(
+    gate: Tensor, up: Tensor, signs: Tensor | None, block_size: int, scale: Tensor, bits: int
+) -> Tensor:
+    x = silu_float32(gate.float()) * up.float()
+    return hadamard_quantize(x, signs, block_size, scale, bits)
+
+
+# ---- outlier tokens ----
+
+
+def outlier_scan(x: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
+    row_max = x.float().abs().amax(-1)
+    median = row_max.median() if len(row_max) else torch.tensor(float("nan"))
+    return row_max, median, row_max / median > eta
+
+
+# ---- keys and values ----
+
+
+def kv_quantize(
+    x: Tensor, scale: Tensor, bits: int, signs: Tensor | None = None, block_size: int = 1
+) -> Tensor:
+    y = hadamard_float32(x, signs, block_size) if block_size > 1 else x
+    q = quantize_static(y, scale[:, None, None], bits)
+    return pack_int4(q) if bits == 4 else q
+
+
+def kv_dequantize(q: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    values = unpack_int4(q) if bits == 4 else q
+    return (values.float() * scale[:, None, None]).to(dtype)
