@@ -61,6 +61,7 @@ struct TensorView {
   }
 
   bool is_contiguous() const {
+    if (numel() == 0) return true;  // as torch has it
     int64_t expected = 1;
     for (int i = ndim - 1; i >= 0; --i) {
       if (shape[i] != 1 && strides[i] != expected) return false;

@@ -200,7 +200,7 @@ def gemm_w4a8(
 ) -> Tensor:
     """``y[m, n] = float(sum_k x[m, k] w[n, k]) * (input_scale * weight_scale[n]) (+ bias[n])``.
 
-    The sum is exact in int32; every float32 operation is rounded on its own (no fused multiply-add),
+    The sum is exact in int32; each float32 operation is rounded on its own (no fused multiply-add),
     then y is rounded to ``out_dtype``. ``torch.int32`` returns the sums themselves.
 
     Args:
