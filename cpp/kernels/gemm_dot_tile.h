@@ -38,7 +38,7 @@ static inline int32_t load_i32(const int8_t* p) {
 constexpr int kMaxRows = 12;
 
 struct WeightW4 {
-  static constexpr int32_t kOffset = 8;
+  static constexpr uint32_t kOffset = 8;
   static constexpr int64_t kGroupBytes = 64;
   static inline void load(const uint8_t* p, __m512i* k0, __m512i* k4) {
     const __m512i nibble = _mm512_set1_epi8(15);
@@ -49,7 +49,7 @@ struct WeightW4 {
 };
 
 struct WeightW8 {
-  static constexpr int32_t kOffset = 128;
+  static constexpr uint32_t kOffset = 128;
   static constexpr int64_t kGroupBytes = 128;
   static inline void load(const uint8_t* p, __m512i* k0, __m512i* k4) {
     *k0 = _mm512_loadu_si512(p);
@@ -103,7 +103,7 @@ static void dot_tile(const RowTile& rows, const uint8_t* weight, int64_t block_b
 constexpr int kMaxRows = 4;
 
 struct WeightW4 {
-  static constexpr int32_t kOffset = 8;
+  static constexpr uint32_t kOffset = 8;
   static constexpr int64_t kGroupBytes = 64;
   static inline void load(const uint8_t* p, int16_t w[8][16]) {
     for (int j = 0; j < 4; ++j) {
@@ -116,7 +116,7 @@ struct WeightW4 {
 };
 
 struct WeightW8 {
-  static constexpr int32_t kOffset = 128;
+  static constexpr uint32_t kOffset = 128;
   static constexpr int64_t kGroupBytes = 128;
   static inline void load(const uint8_t* p, int16_t w[8][16]) {
     for (int j = 0; j < 4; ++j) {

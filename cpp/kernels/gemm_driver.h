@@ -14,6 +14,10 @@
 #include "gemm_epilogue.h"
 #include "isa_namespace.h"
 
+#if defined(__AMX_INT8__)
+#include "gemm_amx.h"
+#endif
+
 PQ_ISA_NAMESPACE_BEGIN
 
 // Half of a 2 MB L2; the other half is for the weights passing by.
@@ -49,8 +53,9 @@ static void dot_tile_rows(int64_t count, const RowTile& rows, const uint8_t* wei
       dot_tile<Weight, MR, NB>(rows, weight, block_bytes, acc);     \
     return;
     PQ_CASE(1)
-    PQ_CASE(2) PQ_CASE(3) PQ_CASE(4) PQ_CASE(5) PQ_CASE(6) PQ_CASE(7) PQ_CASE(8) PQ_CASE(9)
-        PQ_CASE(10) PQ_CASE(11) PQ_CASE(12)
+    PQ_CASE(2)
+    PQ_CASE(3) PQ_CASE(4) PQ_CASE(5) PQ_CASE(6) PQ_CASE(7) PQ_CASE(8) PQ_CASE(9) PQ_CASE(10)
+        PQ_CASE(11) PQ_CASE(12)
 #undef PQ_CASE
   }
 }
@@ -63,8 +68,7 @@ static void compute_rows(const GemmParams& p, int64_t m0, int64_t m1, int64_t bl
       ceil_div(p.k, kPadInputs) * (kPadInputs / kGroupInputs) * Weight::kGroupBytes;
   const uint8_t* weight = p.weight + block0 * block_bytes;
   const int64_t n0 = block0 * kBlockOutputs;
-  OutputFactors factors;
-  factors.load(p, n0, smaller(blocks * kBlockOutputs, p.n - n0), blocks * kBlockOutputs);
+  const OutputFactors factors(p, n0, blocks);
   FinishTile* finish = pick_finish_tile(p.output_dtype);
   const int64_t groups = p.k / kGroupInputs;
 
@@ -86,7 +90,7 @@ static void compute_rows(const GemmParams& p, int64_t m0, int64_t m1, int64_t bl
         dot_tile_rows<Weight, 4>(count, rows, weight, block_bytes, acc);
         break;
     }
-    finish(p, factors, Weight::kOffset, acc, count, blocks, i, n0);
+    finish(p, factors, Weight::kOffset, acc, blocks * kBlockOutputs, count, blocks, i, n0);
   }
 }
 
@@ -129,7 +133,15 @@ static void compute_units(const GemmParams& p, const Partition& part, int64_t fi
     const int64_t most = part.unit_blocks == 1 ? 4 : 2;
     if (blocks > most) blocks = most;
     if (blocks == 3) blocks = 2;
+#if defined(__AMX_INT8__)
+    if (m1 - m0 >= kAmxMinRows) {
+      compute_rows_amx<Weight>(p, m0, m1, block0, blocks);
+    } else {
+      compute_rows<Weight>(p, m0, m1, block0, blocks);
+    }
+#else
     compute_rows<Weight>(p, m0, m1, block0, blocks);
+#endif
     unit += ceil_div(blocks, part.unit_blocks);
   }
 }
