@@ -5,8 +5,8 @@ Usage: python benchmarks/update_readme.py [--check]
 
 A result file holds ``"table"`` (a name), ``"columns"``, ``"rows"``, and may hold ``"title"`` and
 ``"note"``, beside whatever else was recorded (environment, protocol, samples). README.md names a
-table between ``<!-- table:name -->`` and ``<!-- /table -->``; every file of that name goes there, in
-the order of the file names. ``--check`` writes nothing and fails if README.md is not what would be written.
+table between ``<!-- table:name -->`` and ``<!-- /table -->``; every file of that name goes there,
+in the order of the file names. ``--check`` writes nothing and fails where README.md would change.
 """
 
 import argparse

@@ -188,7 +188,7 @@ def test_version():
         (["--scheme", "w8a4kv4"], ["8-bit weights"]),
         (["--scheme", "int4"], ["w4a4kv4", "'int4'"]),
         (["--solver", "magic"], ["solver", "'magic'"]),
-        (["--prefix", "verifed"], ["prefix", "'verifed'"]),
+        (["--prefix", "confirmed"], ["prefix", "'confirmed'"]),
         (["--nsamples", "0"], ["nsamples", "0"]),
         (["--seqlen", "-5"], ["seqlen", "-5"]),
         (["--eta", "0.5"], ["eta", "0.5"]),

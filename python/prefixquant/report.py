@@ -143,16 +143,17 @@ def peak_memory_bytes() -> dict[str, int]:
 
 def report_json(data: Mapping[str, Any]) -> str:
     """Strict JSON: a NaN becomes null, tensors and tuples become lists."""
-    return json.dumps(_plain(data), indent=2, allow_nan=False) + "\n"
+    return json.dumps(plain(data), indent=2, allow_nan=False) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value in the types of JSON."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if hasattr(value, "tolist"):  # torch and numpy, scalars too
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, bool | int | str):
@@ -210,7 +211,7 @@ def _describe_bytes(sizes: Mapping[str, int]) -> list[list[str]]:
     return rows
 
 
-def _describe_prefix(quantization: Mapping[str, Any]) -> str:
+def describe_prefix(quantization: Mapping[str, Any]) -> str:
     pairs = zip(quantization["prefix_token_ids"], quantization["prefix_text"], strict=True)
     tokens = ", ".join(f"{text!r} ({token})" for token, text in pairs)
     return f"{tokens or 'none'}; mode {quantization['prefix_mode']}"
@@ -235,7 +236,7 @@ def describe_checkpoint(report: Mapping[str, Any]) -> str:
         f"{sizes['vocab_size']}",
         f"scheme     {report['scheme']}, solver {quantization['solver']}, by "
         f"{quantization['producer']}",
-        f"prefix     {_describe_prefix(quantization)}",
+        f"prefix     {describe_prefix(quantization)}",
         f"rotations  {', '.join(names) or 'none'}"
         + (f" (R4 blocks of {rotations['r4_block_size']})" if rotations["r4"] else ""),
         f"tensors    {report['tensors']}",
@@ -249,7 +250,7 @@ def describe_quantize(report: Mapping[str, Any], output: Path) -> str:
     from prefixquant.progress import format_seconds
 
     lines = [
-        f"prefix: {_describe_prefix(report['quantization'])}",
+        f"prefix: {describe_prefix(report['quantization'])}",
         f"time: {format_seconds(report['seconds'])}, peak memory: "
         + ", ".join(f"{format_bytes(v)} {k}" for k, v in report["peak_memory_bytes"].items()),
     ]
@@ -299,7 +300,7 @@ def model_card(
         "",
         f"Weights {scheme.weight_bits} bits per output channel, activations "
         f"{scheme.activation_bits} bits static per tensor, KV cache {scheme.kv_bits} bits static.",
-        f"Prefix: {_describe_prefix(quantization.to_dict())}. Solver: {quantization.solver}.",
+        f"Prefix: {describe_prefix(quantization.to_dict())}. Solver: {quantization.solver}.",
         "",
         "```python",
         "import prefixquant",

@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from prefixquant.progress import format_seconds
+from prefixquant.report import describe_prefix, format_bytes, plain
+
 _WIDTH, _HEIGHT = 720, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 40
 _COLORS = ("#c0392b", "#2471a3", "#1e8449", "#9a7d0a", "#6c3483", "#5d6d7e")
@@ -171,6 +174,121 @@ def _short(value: Any) -> Any:
     return value
 
 
+# What the page shows as pictures or in its summary; every other part of the report is a table.
+_SHOWN = frozenset(
+    {
+        "report_version",
+        "command",
+        "command_line",
+        "time",
+        "environment",
+        "model",
+        "scheme",
+        "calibration_text",
+        "seconds",
+        "peak_memory_bytes",
+        "evaluation",
+        "prefix",
+        "blocks",
+        "recipe",
+        "quantization",
+    }
+)
+
+
+def _summary(report: Mapping[str, Any]) -> str:
+    rows = [
+        ["model", report["model"]],
+        ["scheme", report["scheme"]],
+        ["prefix", describe_prefix(report["quantization"])],
+        ["calibration text", report["calibration_text"]],
+        ["time", format_seconds(report["seconds"])],
+        *(
+            [f"peak memory, {where}", format_bytes(count)]
+            for where, count in report["peak_memory_bytes"].items()
+        ),
+    ]
+    if "evaluation" in report:
+        rows.append(["perplexity", f"{report['evaluation']['ppl']:.4g}"])
+    return _table(rows)
+
+
+def _prefix_section(prefix: Mapping[str, Any], eta: float) -> str:
+    """The search step by step, with each block's largest token maximum at every step."""
+    steps = prefix.get("steps", [])
+    curves = {
+        f"prefix {step.get('text', step.get('prefix'))}": step["max_ratio"]
+        for step in steps
+        if step.get("max_ratio")
+    }
+    content = []
+    if curves:
+        content.append(
+            "<p>Input of down_proj, block by block: the largest token-wise maximum over the median "
+            "one, at each step of the search.</p>"
+            + line_chart(
+                curves,
+                x_label="block",
+                y_label="largest / median token maximum",
+                log=True,
+                mark=(f"eta = {eta:g}", eta),
+            )
+        )
+    rest = [{k: v for k, v in step.items() if k != "max_ratio"} for step in steps]
+    if rest:
+        content.append(_generic(rest))
+    content.append(_generic({k: v for k, v in prefix.items() if k != "steps"}))
+    return _section("Prefix", *content)
+
+
+def _blocks_section(blocks: Sequence[Mapping[str, Any]]) -> str:
+    """Every number that the blocks have in common, drawn over the blocks, errors first."""
+    keys = [
+        k
+        for k in dict.fromkeys(k for block in blocks for k in block)
+        if k not in ("block", "index") and any(isinstance(b.get(k), int | float) for b in blocks)
+    ]
+    keys.sort(key=lambda k: "error" not in k)
+    charts = [
+        f"<h3>{_text(key.replace('_', ' '))}</h3>"
+        + line_chart(
+            {key: [block.get(key) for block in blocks]},
+            x_label="block",
+            y_label=key.replace("_", " "),
+            log="error" in key,
+        )
+        for key in keys
+    ]
+    return _section(
+        "Blocks", *charts, "<details><summary>All values</summary>", _generic(blocks), "</details>"
+    )
+
+
 def render_html(report: Mapping[str, Any]) -> str:
     """The page of a `quantize` report."""
-    raise NotImplementedError
+    report = plain(report)
+    parts = [_summary(report)]
+    if "prefix" in report:
+        parts.append(_prefix_section(report["prefix"], report["recipe"]["eta"]))
+    if report.get("blocks"):
+        parts.append(_blocks_section(report["blocks"]))
+    parts += [
+        _section(key.replace("_", " ").capitalize(), _generic(value))
+        for key, value in report.items()
+        if key not in _SHOWN
+    ]
+    if "evaluation" in report:
+        parts.append(_section("Evaluation", _generic(report["evaluation"])))
+    parts.append(_section("Recipe", _generic(report["recipe"])))
+    parts.append(
+        _section(
+            "How it was made",
+            f"<pre>{_text(report['command_line'])}</pre>",
+            _generic(report["environment"]),
+        )
+    )
+    title = f"prefixquant: {_text(report['model'])}, {_text(report['scheme'])}"
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>{title}</h1>{''.join(parts)}</body></html>\n"
+    )
