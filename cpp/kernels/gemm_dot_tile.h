@@ -64,34 +64,30 @@ static void dot_tile(const RowTile& rows, const uint8_t* weight, int64_t block_b
   for (int i = 0; i < MR; ++i) {
     for (int b = 0; b < NB; ++b) sum[i][b] = _mm512_setzero_si512();
   }
-  const auto multiply_group = [&](const int8_t* const* x, int64_t stride, const uint8_t* w) {
-    __m512i k0[NB], k4[NB];
-#pragma GCC unroll 4
-    for (int b = 0; b < NB; ++b) Weight::load(w + b * block_bytes, &k0[b], &k4[b]);
-#pragma GCC unroll 12
-    for (int i = 0; i < MR; ++i) {
-      const int8_t* xi = x[i / 3] + i % 3 * stride;
-      const __m512i x0 = _mm512_set1_epi32(load_i32(xi));
-#pragma GCC unroll 4
-      for (int b = 0; b < NB; ++b) sum[i][b] = _mm512_dpbusd_epi32(sum[i][b], k0[b], x0);
-      const __m512i x4 = _mm512_set1_epi32(load_i32(xi + 4));
-#pragma GCC unroll 4
-      for (int b = 0; b < NB; ++b) sum[i][b] = _mm512_dpbusd_epi32(sum[i][b], k4[b], x4);
-    }
-  };
   // One pointer for three rows (base, base + stride, base + 2 stride are addressing modes): twelve
   // row pointers would not fit the general registers.
   constexpr int kBases = (MR + 2) / 3;
   const int8_t* base[kBases];
   for (int j = 0; j < kBases; ++j) base[j] = rows.x + 3 * j * rows.stride;
-  for (int64_t g = 0; g < rows.groups; ++g) {
-    multiply_group(base, rows.stride, weight);
+  int64_t stride = rows.stride;
+  const int64_t groups = rows.groups + (rows.tail ? 1 : 0);
+  for (int64_t g = 0; g < groups; ++g) {
+    if (g == rows.groups) {  // the last, zero-padded group
+      stride = kPadInputs;
+      for (int j = 0; j < kBases; ++j) base[j] = rows.tail + 3 * j * stride;
+    }
+    __m512i k0[NB], k4[NB];
+    for (int b = 0; b < NB; ++b) Weight::load(weight + b * block_bytes, &k0[b], &k4[b]);
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; ++i) {
+      const int8_t* xi = base[i / 3] + i % 3 * stride;
+      const __m512i x0 = _mm512_set1_epi32(load_i32(xi));
+      for (int b = 0; b < NB; ++b) sum[i][b] = _mm512_dpbusd_epi32(sum[i][b], k0[b], x0);
+      const __m512i x4 = _mm512_set1_epi32(load_i32(xi + 4));
+      for (int b = 0; b < NB; ++b) sum[i][b] = _mm512_dpbusd_epi32(sum[i][b], k4[b], x4);
+    }
     for (int j = 0; j < kBases; ++j) base[j] += kGroupInputs;
     weight += Weight::kGroupBytes;
-  }
-  if (rows.tail) {
-    for (int j = 0; j < kBases; ++j) base[j] = rows.tail + 3 * j * kPadInputs;
-    multiply_group(base, kPadInputs, weight);
   }
   for (int i = 0; i < MR; ++i) {
     for (int b = 0; b < NB; ++b) _mm512_storeu_si512(acc + (i * NB + b) * 16, sum[i][b]);
