@@ -7,10 +7,8 @@ by this module, so that ``--help`` and mistyped flags answer at once.
 """
 
 import errno
-import json
 import sys
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,9 +17,6 @@ from typer.core import TyperGroup
 
 from prefixquant.config import PREFIX_MODES, SOLVERS, RecipeConfig, Scheme
 from prefixquant.errors import UserError
-
-# Of any text, quantize sees the first part and eval measures on the last: no token serves both.
-CALIBRATION_FRACTION = 0.82
 
 _USER_ERRNOS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
 
@@ -136,62 +131,31 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
         _result(plan_report(_float_config(model), model, recipe), as_json, describe_plan)
         return
 
-    from prefixquant.checkpoint import write_checkpoint
+    from prefixquant import workflow
     from prefixquant.loading import load_float_model
-    from prefixquant.quantize import quantize as run_quantize
-    from prefixquant.report import (
-        describe_quantize,
-        model_card,
-        quantize_report,
-        replace_files,
-        report_json,
-    )
-    from prefixquant.report_html import render_html
+    from prefixquant.report import describe_quantize, replace_files
 
-    start = time.monotonic()
     progress = _progress()
     with progress.stage("load the model"):
         float_model, tokenizer = load_float_model(model)
         float_model.to(where)
-    tokens = texts.tokenize(calibration_text, tokenizer)
-    calibration, _ = texts.split_tokens(tokens, CALIBRATION_FRACTION)
-    result = run_quantize(float_model, tokenizer, recipe, calibration, progress)
-    model_config = hf_config_dict(float_model, result.tensors)
-    quantization = result.quantization
-    report = quantize_report(
-        result.report,
+    report = workflow.quantize_and_save(
+        float_model,
+        tokenizer,
         recipe,
-        quantization,
-        source=model,
-        calibration=calib,
-        command=sys.argv,
-        seconds=time.monotonic() - start,
+        workflow.calibration_tokens(calibration_text, tokenizer),
+        output,
+        origin=workflow.Origin(model, calib),
+        overwrite=overwrite,
+        progress=progress,
     )
-
-    def files() -> dict[str, str]:
-        return {
-            "report.json": report_json(report),
-            "report.html": render_html(report),
-            "README.md": model_card(model_config, quantization, report),
-        }
-
-    # Saved before it is measured: a failing evaluation must not cost the quantization.
-    with progress.stage("write the checkpoint"):
-        write_checkpoint(
-            output,
-            result.tensors,
-            model_config,
-            quantization,
-            tokenizer=tokenizer,
-            extra_files=files(),
-            overwrite=overwrite,
-        )
-    del float_model, result
+    # Measured after it is saved: a failing evaluation must not cost the quantization.
     if evaluation_text is not None:
-        report["evaluation"] = _evaluate(
-            str(output), evaluation_text, _Protocol(eval_text), device=where, progress=progress
+        del float_model
+        report["evaluation"] = workflow.evaluate(
+            output, evaluation_text, workflow.Protocol(eval_text), device=where, progress=progress
         )
-        replace_files(output, files())
+        replace_files(output, workflow.report_files(report, *workflow.saved_configs(output)))
     _result(report, as_json, lambda r: describe_quantize(r, output))
 
 
@@ -204,7 +168,7 @@ def evaluate(  # noqa: PLR0913 - the arguments are the options
     tail: Annotated[
         float,
         typer.Option(help="Measure on this last part of the text, which quantize never sees."),
-    ] = round(1 - CALIBRATION_FRACTION, 2),
+    ] = 0.18,
     reference: Annotated[
         str | None,
         typer.Option(help="A float model: also give KL divergence and top-1 agreement with it."),
@@ -217,20 +181,20 @@ def evaluate(  # noqa: PLR0913 - the arguments are the options
 ) -> None:
     """Measure perplexity: mean NLL over non-overlapping windows, exponentiated."""
     from prefixquant import text as texts
+    from prefixquant import workflow
     from prefixquant.report import describe_evaluation, eval_report, replace_files, report_json
 
     if not 0 < tail <= 1:
         raise UserError(f"--tail: expected a number above 0 and at most 1, got {tail}")
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise UserError(f"--output {output}: expected a file name in an existing folder")
-    content = texts.load_text(text)
-    evaluation = _evaluate(
+    evaluation = workflow.evaluate(
         target,
-        content,
-        _Protocol(text, tail, windows, seqlen),
+        texts.load_text(text),
+        workflow.Protocol(text, tail, windows, seqlen),
+        reference=reference,
         device=_device(device),
         progress=_progress(),
-        reference=reference,
     )
     report = eval_report(evaluation, target, command=sys.argv)
     if output is not None:
@@ -256,12 +220,15 @@ def generate(
     """Continue a prompt."""
     import torch
 
+    from prefixquant.workflow import load_any
+
     if prompt == "-":
         prompt = sys.stdin.read()
     if not prompt:
         raise UserError("prompt: expected some text")
     where = _device(device)
-    model, tokenizer = _load_any(target, where, _progress())
+    with _progress().stage("load the model"):
+        model, tokenizer = load_any(target, where)
     if chat:
         if not tokenizer.chat_template:
             raise UserError(f"{target}: the tokenizer has no chat template; leave out --chat")
@@ -321,6 +288,7 @@ def scan(
     from prefixquant.loading import load_float_model
     from prefixquant.prefix import scan as run_scan
     from prefixquant.report import describe_scan
+    from prefixquant.workflow import calibration_tokens
 
     if not eta > 1:
         raise UserError(f"eta: expected a number above 1, got {eta}")
@@ -330,8 +298,7 @@ def scan(
     with progress.stage("load the model"):
         float_model, tokenizer = load_float_model(model)
         float_model.to(where)
-    tokens, _ = texts.split_tokens(texts.tokenize(content, tokenizer), CALIBRATION_FRACTION)
-    samples = texts.sample_windows(tokens, nsamples, seqlen, seed)
+    samples = texts.sample_windows(calibration_tokens(content, tokenizer), nsamples, seqlen, seed)
     with progress.stage("scan"):
         report = run_scan(float_model, tokenizer, samples, eta)
     _result(report, as_json, describe_scan)
@@ -387,62 +354,6 @@ def _device(name: str) -> Any:
     return device
 
 
-def _load_any(target: str, device: Any, progress: Any) -> tuple[Any, Any]:
-    """(model, tokenizer) of a checkpoint of ours or of a float model."""
-    from prefixquant.checkpoint import is_prefixquant_checkpoint
-    from prefixquant.loading import load_float_model, load_tokenizer
-
-    with progress.stage("load the model"):
-        if is_prefixquant_checkpoint(target):
-            import prefixquant
-
-            model, tokenizer = prefixquant.load(target), load_tokenizer(target)
-        else:
-            model, tokenizer = load_float_model(target)
-        return model.to(device), tokenizer
-
-
-@dataclass(frozen=True)
-class _Protocol:
-    """How perplexity is measured; stands beside every number that was measured so."""
-
-    text: str
-    tail: float = round(1 - CALIBRATION_FRACTION, 2)
-    windows: int = 40
-    seqlen: int = 2048
-
-    def samples(self, content: str, tokenizer: Any) -> Any:
-        """The evaluation windows, int64 [n, seqlen], without special tokens."""
-        from prefixquant import text as texts
-
-        tokens = texts.tokenize(content, tokenizer)
-        if self.tail < 1:
-            _, tokens = texts.split_tokens(tokens, 1 - self.tail)
-        return texts.leading_windows(tokens, self.seqlen, self.windows)
-
-
-def _evaluate(
-    target: str,
-    content: str,
-    protocol: _Protocol,
-    *,
-    device: Any,
-    progress: Any,
-    reference: str | None = None,
-) -> dict[str, Any]:
-    from prefixquant import evaluate as measure
-
-    model, tokenizer = _load_any(target, device, progress)
-    samples = protocol.samples(content, tokenizer)
-    result = dict(measure.perplexity(model, samples, progress))
-    if reference is not None:
-        float_model, _ = _load_any(reference, device, progress)
-        result["reference"] = reference
-        result |= measure.compare(model, float_model, samples, progress)
-    result["protocol"] = {**asdict(protocol), "windows": len(samples)}
-    return result
-
-
 def _float_config(source: str) -> Any:
     """The transformers config of a float model, without its weights."""
     from transformers import AutoConfig
@@ -455,16 +366,6 @@ def _float_config(source: str) -> Any:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{source}: cannot read the config: {error}") from error
-
-
-def hf_config_dict(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    """The config.json content of a quantized model: that of the float model, cleaned."""
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        config.pop(key, None)
-    config["architectures"] = [type(model).__name__]
-    config["dtype"] = str(tensors["lm_head.weight"].dtype).removeprefix("torch.")
-    return config
 
 
 def _first_id(*candidates: Any) -> int | None:

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole jobs as single calls: what the command line, the demo and the accuracy protocol share."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefixquant import text as texts
+from prefixquant.checkpoint import is_prefixquant_checkpoint, read_checkpoint, write_checkpoint
+from prefixquant.compare import Candidate, compare
+from prefixquant.config import RecipeConfig
+from prefixquant.loading import load_float_model, load_tokenizer
+from prefixquant.progress import SILENT, Progress
+from prefixquant.report import model_card, quantize_report, report_json
+from prefixquant.report_html import render_html
+
+# Of any text, quantize sees the first part and eval measures on the last: no token serves both.
+CALIBRATION_FRACTION = 0.82
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a report says of where things came from."""
+
+    model: str
+    calibration_text: str
+    command: Sequence[str] = field(default_factory=lambda: tuple(sys.argv))
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How perplexity is measured; it stands beside every number measured so."""
+
+    text: str
+    tail: float = round(1 - CALIBRATION_FRACTION, 2)
+    windows: int = 40
+    seqlen: int = 2048
+
+    def samples(self, content: str, tokenizer: Any) -> torch.Tensor:
+        """The evaluation windows, int64 [n, seqlen], without special tokens."""
+        tokens = texts.tokenize(content, tokenizer)
+        if self.tail < 1:
+            _, tokens = texts.split_tokens(tokens, 1 - self.tail)
+        return texts.leading_windows(tokens, self.seqlen, self.windows)
+
+
+def calibration_tokens(content: str, tokenizer: Any) -> torch.Tensor:
+    """The part of a text that quantization may see: int64 [n]."""
+    return texts.split_tokens(texts.tokenize(content, tokenizer), CALIBRATION_FRACTION)[0]
+
+
+def load_any(
+    target: str | os.PathLike, device: torch.device | str = "cpu", dtype: Any = None
+) -> tuple[Any, Any]:
+    """(model, tokenizer) of a checkpoint of ours or of a float model."""
+    if is_prefixquant_checkpoint(target):
+        import prefixquant
+
+        model, tokenizer = prefixquant.load(target), load_tokenizer(target)
+    else:
+        model, tokenizer = load_float_model(target, dtype)
+    return model.to(device), tokenizer
+
+
+def quantize_and_save(
+    float_model: Any,
+    tokenizer: Any,
+    recipe: RecipeConfig,
+    calibration: torch.Tensor,
+    output: Path,
+    *,
+    origin: Origin,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Quantizes the model and writes the checkpoint with its reports and its model card.
+
+    Args:
+        calibration: int64 [n], the token stream to calibrate on.
+
+    Returns:
+        The report, as in report.json.
+    """
+    from prefixquant.quantize import quantize
+
+    start = time.monotonic()
+    result = quantize(float_model, tokenizer, recipe, calibration, progress)
+    report = quantize_report(
+        result.report,
+        recipe,
+        result.quantization,
+        source=origin.model,
+        calibration=origin.calibration_text,
+        command=origin.command,
+        seconds=time.monotonic() - start,
+    )
+    config = hf_config_dict(float_model, result.tensors)
+    with progress.stage("write the checkpoint"):
+        write_checkpoint(
+            output,
+            result.tensors,
+            config,
+            result.quantization,
+            tokenizer=tokenizer,
+            extra_files=report_files(report, config, result.quantization),
+            overwrite=overwrite,
+        )
+    return report
+
+
+def report_files(
+    report: dict[str, Any], config: dict[str, Any], quantization: Any
+) -> dict[str, str]:
+    """The files of a checkpoint that are made of its report."""
+    return {
+        "report.json": report_json(report),
+        "report.html": render_html(report),
+        "README.md": model_card(config, quantization, report),
+    }
+
+
+def saved_configs(folder: Path) -> tuple[dict[str, Any], Any]:
+    """(model config, quantization) of a checkpoint, without its tensors."""
+    checkpoint = read_checkpoint(folder, check_values=False)
+    return checkpoint.config, checkpoint.quantization
+
+
+def hf_config_dict(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The config.json content of a quantized model: that of the float model, cleaned."""
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        config.pop(key, None)
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(tensors["lm_head.weight"].dtype).removeprefix("torch.")
+    return config
+
+
+def evaluate(
+    target: str | os.PathLike,
+    content: str,
+    protocol: Protocol,
+    *,
+    reference: str | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Perplexity of a checkpoint or float model; with ``reference`` also KL and top-1 against it.
+
+    The reference gets the checkpoint's prefix in front, so that the difference is that of the
+    quantization alone.
+    """
+    with progress.stage("load the model"):
+        model, tokenizer = load_any(target, device)
+    samples = protocol.samples(content, tokenizer)
+    name = str(target)
+    candidates = {name: Candidate(model)}
+    if reference is not None:
+        prefix: tuple[int, ...] = ()
+        if is_prefixquant_checkpoint(target):
+            prefix = saved_configs(Path(target))[1].prefix_token_ids
+        with progress.stage("load the reference"):
+            candidates["reference"] = Candidate(load_any(reference, device)[0], prefix)
+    results = compare(candidates, name if reference is None else "reference", samples, progress)
+    measured = results[name]
+    if reference is None:
+        del measured["kl"], measured["top1"]  # against itself
+    else:
+        measured |= {"reference": reference, "reference_ppl": results["reference"]["ppl"]}
+    measured["protocol"] = {**asdict(protocol), "windows": len(samples)}
+    return measured
