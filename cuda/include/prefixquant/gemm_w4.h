@@ -51,10 +51,20 @@ struct GemmW4Params {
   int n = 0;                             // output channels
   int k = 0;
 
-  // gemm_w4_workspace_bytes(config) bytes, 16-byte aligned, zero-filled once before first use; each
-  // launch leaves its counters at zero again. Launches sharing one must be ordered (one stream).
+  // gemm_w4_workspace_bytes(config) bytes, 16-byte aligned, whose first kGemmW4CounterBytes are
+  // counters: zero before first use, and left at zero by every launch of every kernel, so that all
+  // layers can share one buffer. Launches sharing it must be ordered (one stream).
   void* workspace = nullptr;
+
+  // True lets the launch overlap the end of the kernel before it in the stream (programmatic
+  // dependent launch): weights are prefetched before that kernel has finished, so it must not be the
+  // one that writes them. Everything else is read after it.
+  bool weight_is_constant = false;
 };
+
+// Every kernel keeps its arrival counters in the first bytes of the workspace and partial sums
+// behind them: a counter never lies where another config leaves sums.
+inline constexpr size_t kGemmW4CounterBytes = 16384;
 
 // The kernel families. All of them read the prepacked layout of layout_w4.h.
 enum class GemmW4Kernel : int {

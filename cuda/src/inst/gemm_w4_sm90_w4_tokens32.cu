@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "prefixquant/gemm_w4_sm90_launch.cuh"
+
+namespace prefixquant {
+PQ_INSTANTIATE_GEMM_W4_SM90(4, 2, 32, 1)
+PQ_INSTANTIATE_GEMM_W4_SM90(4, 1, 32, 1)
+PQ_INSTANTIATE_GEMM_W4_SM90(4, 1, 32, 2)
+PQ_INSTANTIATE_GEMM_W4_SM90(4, 2, 16, 1)
+PQ_INSTANTIATE_GEMM_W4_SM90(4, 1, 16, 1)
+}  // namespace prefixquant
