@@ -4,11 +4,9 @@
 
 #include <cstdint>
 
-namespace prefixquant {
+#include "prefixquant/mbarrier.cuh"  // smem_address
 
-__device__ __forceinline__ uint32_t smem_address_of(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+namespace prefixquant {
 
 // 16 bytes global -> shared past L1; bytes from `valid_bytes` (0..16) on are zero-filled, unread.
 __device__ __forceinline__ void cp_async_16(uint32_t smem_address, const void* gmem,
@@ -28,13 +26,17 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
-// A 16-byte read-once load: weights pass through, so they must not evict activations from L1.
-__device__ __forceinline__ uint4 load_streaming_16(const void* gmem) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];\n"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(gmem));
-  return v;
+// A 16-byte read-once load where `wanted`, else `v` stays: a predicate, not a branch, so that the
+// compiler may schedule across it. Weights pass through, hence no allocation in L1.
+__device__ __forceinline__ void load_streaming_16_if(uint4& v, const void* gmem, bool wanted) {
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.b32 wanted, %5, 0;\n"
+      "@wanted ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+      "}\n"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(gmem), "r"(static_cast<int>(wanted)));
 }
 
 // Programmatic dependent launch: before the wait a kernel may touch only what no earlier kernel in
@@ -51,9 +53,10 @@ __device__ __forceinline__ void grid_dependency_launch() {
 #endif
 }
 
-__device__ __forceinline__ void cluster_arrive_release() {
+// Cluster barrier in two halves; the relaxed arrival orders nothing but what fence_mbarrier_init did.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory");
 #endif
 }
 
@@ -63,23 +66,30 @@ __device__ __forceinline__ void cluster_wait_acquire() {
 #endif
 }
 
-// The address, in the shared memory window of CTA `rank` of the cluster, of this CTA's address.
-__device__ __forceinline__ uint32_t cluster_map_address(uint32_t smem_address, uint32_t rank) {
-  uint32_t mapped = smem_address;
+// Prepares a fresh mbarrier for one phase that ends when `bytes` have arrived. One thread.
+__device__ __forceinline__ void mbarrier_init_and_expect(uint32_t barrier, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n"
-               : "=r"(mapped)
-               : "r"(smem_address), "r"(rank));
+  mbarrier_init(barrier, 1);
+  fence_mbarrier_init();
+  mbarrier_arrive_expect_tx(barrier, bytes);
 #endif
-  return mapped;
 }
 
-__device__ __forceinline__ int32_t cluster_load_s32(uint32_t cluster_address) {
-  int32_t v = 0;
+// Sends two words to the same shared-memory address of CTA `rank` of the cluster; their arrival
+// counts 8 bytes on that CTA's mbarrier. Needs no fence on either side.
+__device__ __forceinline__ void cluster_send_int2(uint32_t smem_address, int2 v, uint32_t barrier,
+                                                  uint32_t rank) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("ld.shared::cluster.s32 %0, [%1];\n" : "=r"(v) : "r"(cluster_address) : "memory");
+  asm volatile(
+      "{\n"
+      ".reg .b32 to, bar;\n"
+      "mapa.shared::cluster.u32 to, %0, %4;\n"
+      "mapa.shared::cluster.u32 bar, %3, %4;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.s32 [to], {%1, %2}, [bar];\n"
+      "}\n" ::"r"(smem_address),
+      "r"(v.x), "r"(v.y), "r"(barrier), "r"(rank)
+      : "memory");
 #endif
-  return v;
 }
 
 }  // namespace prefixquant

@@ -1,63 +1,215 @@
 // SPDX-License-Identifier: Apache-2.0
 // Computes y[m, n] = epilogue(sum_k x[m, k] w[n, k]) with mma.sync on int8 activations and int4 or
-// int8 weights: the GEMV (M = 1), the skinny GEMM (M <= 64) and the kernel of every arch without
-// wgmma. The weights are the 16-row operand (D^T = W X^T), so a few tokens waste no weight bytes.
+// int8 weights: the GEMV (M = 1), the skinny GEMM, and the kernel for any M on every arch without
+// wgmma. One kernel, many geometries.
 //
-// Layout  x: int8 [m, k] row-major, leading dimension ldx (multiple of 16), 16-byte aligned.
-//         w: the prepacked layout of layout_w4.h, units of 16 rows x 64 k whose lane l owns bytes
-//            16 l .. 16 l + 15: the four A registers of two k32 steps, step 0 in the low nibbles and
-//            step 1 in the high ones (int8 weights: two such units of one k32 step each).
-// Grid    x = token tiles x row tiles, y = k splits, one cluster along y.
-//         A CTA owns 16 kRowTiles kRowWarps rows x 8 kTokenTiles tokens x one k split; its warps
-//         divide the rows (kRowWarps) and, interleaved by 64 k, the split (kKWarps).
-// Smem    max of the activation buffers, (tokens x (chunk_k + 16)) x (1 if the split fits, else 2),
-//         and the int32 partial sums, kKWarps x tokens x (rows + 4) x 4 bytes.
+// Layout  x: int8 [m, k] row-major, row stride a multiple of 16, 16-byte aligned.
+//         weight: prepacked int4 or int8 (layout_w4.h). Epilogue: gemm_w4.h.
+// Grid    x = row tiles x token tiles, the token tile running fastest so that neighbours share their
+//         weights through L2; y = k splits, one cluster.
+//         A CTA owns 16 kRowTiles kRowWarps channels x 8 kTokenTiles tokens x one k split; its
+//         k-warps take the 64-k units of the split in turn.
+// Smem    [mbarrier, 16 bytes][what the other splits send: (splits - 1) / splits x tokens x rows x 4]
+//         [the larger of the activation buffers, tokens x (64 chunk_units + 16) bytes each, and of
+//         kKWarps slabs of int32 partial sums, tokens x (rows + 4)].
+// Limits  k <= 131071 (mma_tile.cuh); splits a power of two up to 8, 1 before sm_90.
 //
-// Weights never touch shared memory: each lane keeps kStages 16-byte loads per row tile in flight
-// in registers. By Little's law 3.1 TB/s x ~700 ns needs 16.5 KB in flight per SM of an H100; one
-// CTA of 8 warps with 8 loads has 32 KB. The activations of the whole split are fetched once, and
-// then the warps run without a barrier.
-//
-// int4 weights are unpacked as 16 w (`v & 0xF0F0F0F0`, `(v << 4) & 0xF0F0F0F0`), so the sums are
-// 16 times too large: |sum| <= 16 * 8 * 128 * k < 2^31 bounds k by 131071. The shift back is exact.
-// Partial sums are int32 and exact, so no order of reduction can change a result.
+// Weights are read once, so nothing is gained by staging them in shared memory: every lane keeps
+// kStages 16-byte loads per row tile in flight in registers. Little's law: 3.1 TB/s x ~700 ns =
+// 16.5 KB in flight per SM of an H100; 8 warps with 8 loads a lane are 32 KB, and 2 to 4 such CTAs
+// fit an SM. The activations of a chunk of k are fetched while the chunk before is multiplied.
 #pragma once
 
-#include "cp_async.cuh"
-#include "mma.cuh"
+#include "prefixquant/mma_tile.cuh"
 
 namespace prefixquant {
 
-// Compile-time geometry of one kernel.
-template <int WeightBits,   // 4 or 8
-          int TokenTiles,   // 8-token tiles of a CTA: 1, 2, 4 or 8
-          int RowTiles,     // 16-row tiles of a warp
-          int RowWarps,     // warps along the rows
-          int KWarps,       // warps along k
-          int Stages,       // units in flight per warp and row tile
-          bool NibbleMma>   // multiply in int4 (sm_80/86/89): activations must be in [-8, 7]
-struct MmaGeometry {
-  static constexpr int kWeightBits = WeightBits;
-  static constexpr int kTokenTiles = TokenTiles;
-  static constexpr int kRowTiles = RowTiles;
-  static constexpr int kRowWarps = RowWarps;
-  static constexpr int kKWarps = KWarps;
-  static constexpr int kStages = Stages;
-  static constexpr bool kNibbleMma = NibbleMma;
-  static constexpr int kThreads = 32 * RowWarps * KWarps;
-  static constexpr int kRows = 16 * RowTiles * RowWarps;  // output channels of a CTA
-  static constexpr int kTokens = 8 * TokenTiles;          // tokens of a CTA
-  static constexpr int kLoads = WeightBits / 4;           // 16-byte loads per lane and unit
-  static constexpr int kShift = (WeightBits == 4 && !NibbleMma) ? 4 : 0;
-  // Pad so that the eight rows g of a fragment column pair 2t fall in distinct banks.
-  static constexpr int kPartialStride = kRows + 4;
-
-  static_assert(WeightBits == 4 || WeightBits == 8);
-  static_assert(TokenTiles == 1 || TokenTiles == 2 || TokenTiles == 4 || TokenTiles == 8);
-  static_assert(!NibbleMma || WeightBits == 4, "int4 MMA needs int4 weights");
-  static_assert(kThreads <= 1024 && kThreads % kRows == 0 || kRows % kThreads == 0);
+struct GemmW4MmaLaunch {
+  EpilogueArgs epilogue;
+  bool epilogue_is_plain;
+  const int8_t* x;
+  int64_t x_row_stride;
+  const void* weight;
+  int k;
+  int token_tiles;          // CTA tiles along the tokens
+  int chunk_units;          // units per activation buffer, a multiple of kKWarps x kStages
+  int chunk_buffers;        // 2, or 1 where one chunk is all
+  int log2_splits;
+  bool weight_is_constant;  // prefetch weights before the previous kernel has finished
 };
 
-// Bytes of one token row of a buffer that holds `chunk_k` k: the 16-byte pad moves the 8 rows of
-// an ldmatrix to distinct banks whether chunk_k is an odd or an even multiple of 64.
-__host__ __device__ constexpr int mma_activation_stride(int chunk_k) { return chunk_k + 16; }
+namespace mma_detail {
+
+inline constexpr int kBarrierBytes = 16;
+
+// What the other CTAs of the cluster send to one, and the room it gets (16-byte aligned).
+__host__ __device__ constexpr int received_bytes(int tokens, int rows, int splits) {
+  return (splits - 1) * tokens * (rows / splits) * 4;
+}
+__host__ __device__ constexpr int received_room(int tokens, int rows, int splits) {
+  return (received_bytes(tokens, rows, splits) + 15) / 16 * 16;
+}
+
+// Adds the k-warps' slabs and the cluster's k splits, applies the epilogue and stores. Each CTA of
+// the cluster finishes kRows / splits channels, two a thread, and sends the others their part.
+template <class G>
+__device__ __forceinline__ void finish_tile(const GemmW4MmaLaunch& p, const int32_t* slabs,
+                                            int32_t* received, uint32_t barrier, int tokens,
+                                            int token_begin, int channel, float2 scale) {
+  constexpr int kPairs = G::kRows / 2;
+  const int slab_size = tokens * G::kPartialStride;
+  __syncthreads();
+  if (p.log2_splits == 0) {
+    for (int token = threadIdx.x / kPairs; token < tokens; token += G::kThreads / kPairs) {
+      const int at = token * G::kPartialStride + 2 * (threadIdx.x % kPairs);
+      finish_and_store_pair(p.epilogue, p.epilogue_is_plain,
+                            sum_partial_pair<G>(slabs + at, slab_size), scale, channel,
+                            token_begin + token);
+    }
+    return;
+  }
+  const int my_pairs = kPairs >> p.log2_splits;
+  const int part_size = 2 * my_pairs * tokens;  // int32 values that one CTA sends another
+  cluster_wait_acquire();                       // all mbarriers of the cluster are ready
+  for (int token = threadIdx.x / kPairs; token < tokens; token += G::kThreads / kPairs) {
+    const int pair = threadIdx.x % kPairs, owner = pair / my_pairs;
+    if (owner == blockIdx.y) continue;
+    const int2 sum = sum_partial_pair<G>(slabs + token * G::kPartialStride + 2 * pair, slab_size);
+    const int slot = blockIdx.y - (static_cast<int>(blockIdx.y) > owner ? 1 : 0);
+    const int32_t* to = received + slot * part_size + 2 * (token * my_pairs + pair % my_pairs);
+    cluster_send_int2(smem_address(to), sum, barrier, owner);
+  }
+  const int pair = threadIdx.x & (my_pairs - 1), first_pair = blockIdx.y * my_pairs;
+  const int first_token = threadIdx.x / my_pairs, token_step = G::kThreads / my_pairs;
+  mbarrier_wait(barrier, 0);
+  for (int token = first_token; token < tokens; token += token_step) {
+    int2 sum = sum_partial_pair<G>(slabs + token * G::kPartialStride + 2 * (first_pair + pair),
+                                   slab_size);
+    for (int slot = 0; slot < (1 << p.log2_splits) - 1; ++slot) {
+      const int2 addend = *reinterpret_cast<const int2*>(received + slot * part_size +
+                                                         2 * (token * my_pairs + pair));
+      sum.x += addend.x;
+      sum.y += addend.y;
+    }
+    finish_and_store_pair(p.epilogue, p.epilogue_is_plain, sum, scale, channel,
+                          token_begin + token);
+  }
+}
+
+}  // namespace mma_detail
+
+template <class G>
+constexpr int gemm_w4_mma_smem_bytes(int tokens, int chunk_units, int chunk_buffers, int splits) {
+  const int buffers = chunk_buffers * tokens * activation_row_bytes(kUnitK * chunk_units);
+  const int slabs = G::kKWarps * tokens * G::kPartialStride * 4;
+  return mma_detail::kBarrierBytes + mma_detail::received_room(tokens, G::kRows, splits) +
+         (buffers > slabs ? buffers : slabs);
+}
+
+template <class G>
+__global__ void __launch_bounds__(G::kThreads)
+    gemm_w4_mma_kernel(const __grid_constant__ GemmW4MmaLaunch p) {
+  extern __shared__ __align__(16) unsigned char smem[];
+  const int warp = threadIdx.x / 32;
+  const int row_warp = warp % G::kRowWarps, k_warp = warp / G::kRowWarps;
+  const int tile = p.token_tiles == 1 ? blockIdx.x : blockIdx.x / p.token_tiles;
+  const int token_begin = (blockIdx.x - tile * p.token_tiles) * G::kTokens;
+  const int tokens = min(p.epilogue.m - token_begin, G::kTokens);
+
+  // This CTA's units of 64 k, and this warp's share of them: k_warp + i kKWarps, i < my_units.
+  const int splits = 1 << p.log2_splits, all_units = units_of(p.k);
+  const int split_units = (all_units + splits - 1) >> p.log2_splits;
+  const int unit_begin = min(static_cast<int>(blockIdx.y) * split_units, all_units);
+  const int units = min(split_units, all_units - unit_begin);
+  const int my_units = max(0, (units - k_warp + G::kKWarps - 1) / G::kKWarps);
+
+  constexpr int kUnitStep = G::kKWarps * G::kLoads * kVectorsPerBlock;
+  // Row tiles past the padded end of the weights repeat the last one; they are never stored.
+  const int last_row_tile = (p.epilogue.n + kPackRows - 1) / kPackRows * (kPackRows / 16) - 1;
+  uint4 w[G::kStages][G::kRowTiles][G::kLoads] = {};
+  const uint4* w_next[G::kRowTiles];  // the unit to load into w[0] next
+#pragma unroll
+  for (int r = 0; r < G::kRowTiles; ++r) {
+    const int row_tile = (tile * G::kRowWarps + row_warp) * G::kRowTiles + r;
+    w_next[r] = unit_address<G>(p.weight, min(row_tile, last_row_tile), unit_begin + k_warp, p.k);
+  }
+  const auto fetch_weights = [&](int stage, bool wanted) {
+#pragma unroll
+    for (int r = 0; r < G::kRowTiles; ++r)
+      load_unit_if<G>(w[stage][r], w_next[r] + stage * kUnitStep, wanted);
+  };
+  const auto step_weights = [&] {
+#pragma unroll
+    for (int r = 0; r < G::kRowTiles; ++r) w_next[r] += G::kStages * kUnitStep;
+  };
+
+  if (!p.weight_is_constant) grid_dependency_wait();
+#pragma unroll
+  for (int s = 0; s < G::kStages; ++s) fetch_weights(s, s < my_units);
+  step_weights();
+  if (p.weight_is_constant) grid_dependency_wait();
+
+  const uint32_t barrier = smem_address(smem);
+  int32_t* const received = reinterpret_cast<int32_t*>(smem + mma_detail::kBarrierBytes);
+  unsigned char* const buffers =
+      smem + mma_detail::kBarrierBytes + mma_detail::received_room(tokens, G::kRows, splits);
+  const int x_row_bytes = activation_row_bytes(kUnitK * p.chunk_units);
+  const int8_t* x = p.x + token_begin * p.x_row_stride;
+  const auto fetch_chunk = [&](int chunk) {
+    const int first = chunk * p.chunk_units;
+    if (first < units) {
+      fetch_activations<G>(smem_address(buffers) + (chunk & 1) * tokens * x_row_bytes, x_row_bytes,
+                           x, p.x_row_stride, tokens, kUnitK * (unit_begin + first),
+                           kUnitK * min(p.chunk_units, units - first), p.k);
+    }
+    cp_async_commit();
+  };
+  fetch_chunk(0);
+  grid_dependency_launch();
+  if (splits > 1) {
+    if (threadIdx.x == 0)
+      mbarrier_init_and_expect(barrier, mma_detail::received_bytes(tokens, G::kRows, splits));
+    __syncwarp();
+    cluster_arrive_relaxed();
+  }
+  const int my_pairs = (G::kRows / 2) >> p.log2_splits;  // channel pairs this CTA finishes
+  const int channel = tile * G::kRows + 2 * (blockIdx.y * my_pairs + (threadIdx.x & (my_pairs - 1)));
+  const float2 scale = load_scale_pair(p.epilogue, channel);
+  uint32_t x_row_offset[G::kTokenTiles];
+  activation_row_offsets<G>(x_row_offset, tokens, x_row_bytes);
+
+  int32_t sums[G::kRowTiles][G::kTokenTiles][4] = {};
+  const int chunk_iterations = p.chunk_units / G::kKWarps;
+  for (int chunk = 0; chunk * p.chunk_units < units; ++chunk) {
+    cp_async_wait<0>();
+    __syncthreads();  // the chunk has landed for all, and nobody reads the other buffer any more
+    fetch_chunk(chunk + 1);
+    uint32_t x_group = smem_address(buffers) + (chunk & 1) * tokens * x_row_bytes + kUnitK * k_warp;
+    const int first = chunk * chunk_iterations, last = min(first + chunk_iterations, my_units);
+    for (int i = first; i < last; i += G::kStages) {
+      if (i + G::kStages <= last) {  // no branches: units may overlap
+#pragma unroll
+        for (int s = 0; s < G::kStages; ++s) {
+          multiply_unit<G>(sums, w[s], x_group + kUnitK * G::kKWarps * s, x_row_offset);
+          fetch_weights(s, i + s + G::kStages < my_units);
+        }
+      } else {  // the last units of this warp
+#pragma unroll
+        for (int s = 0; s < G::kStages; ++s) {
+          if (i + s < last)
+            multiply_unit<G>(sums, w[s], x_group + kUnitK * G::kKWarps * s, x_row_offset);
+        }
+      }
+      step_weights();
+      x_group += kUnitK * G::kKWarps * G::kStages;
+    }
+  }
+
+  cp_async_wait<0>();
+  __syncthreads();  // the partial sums take the place of the activations
+  int32_t* const slabs = reinterpret_cast<int32_t*>(buffers);
+  store_partial_sums<G>(slabs + k_warp * tokens * G::kPartialStride, sums, tokens, row_warp);
+  mma_detail::finish_tile<G>(p, slabs, received, barrier, tokens, token_begin, channel, scale);
+}
+
+}  // namespace prefixquant

@@ -12,12 +12,12 @@
 
 namespace prefixquant {
 
-// c += A B, exact in int32 (wraps modulo 2^32). One instruction on every arch >= sm_80.
+// c += A B, exact in int32 (wraps modulo 2^32). One instruction on every arch >= sm_80. Not volatile:
+// the compiler may move it among loads.
 __device__ __forceinline__ void mma_m16n8k32_s8(int32_t (&c)[4], uint32_t a0, uint32_t a1,
                                                 uint32_t a2, uint32_t a3, uint32_t b0,
                                                 uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
       "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -27,8 +27,7 @@ __device__ __forceinline__ void mma_m16n8k32_s8(int32_t (&c)[4], uint32_t a0, ui
 __device__ __forceinline__ void mma_m16n8k64_s4(int32_t (&c)[4], uint32_t a0, uint32_t a1,
                                                 uint32_t a2, uint32_t a3, uint32_t b0,
                                                 uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 "
+  asm("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 "
       "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
