@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The accuracy protocol: one text, one model, several settings, one JSON file for the README.
+
+The text is tokenized whole and split 82/18. The first part calibrates (64 x 512 tokens for the
+prefix and the maxima, 8 x 1024 for the grid searches), the last part measures: mean NLL over the
+first 40 windows of 2048 tokens, exponentiated; the prefix is extra and not counted. All settings
+are measured in this process, by the same code, on the same windows. KL divergence and top-1
+agreement are against the float model with the verified prefix.
+
+    python benchmarks/accuracy/run_protocol.py --model M.gguf --text TEXT.txt.gz --name smollm2-135m
+"""
+
+import argparse
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
+import prefixquant
+import torch
+from prefixquant import progress as progress_module
+from prefixquant import text as texts
+from prefixquant.compare import Candidate, compare
+from prefixquant.config import RecipeConfig, Scheme
+from prefixquant.doctor import environment
+from prefixquant.loading import load_float_model
+from prefixquant.report import replace_files, report_json
+from prefixquant.workflow import (
+    Origin,
+    Protocol,
+    calibration_tokens,
+    quantize_and_save,
+    saved_configs,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = ("w4a4kv4:none", "w4a4kv4:verified", "w4a8kv4:verified")
+REFERENCE = "float, verified prefix"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="a model folder or .gguf file")
+    parser.add_argument("--text", required=True, help="a .txt or .jsonl file, also as .gz")
+    parser.add_argument("--name", required=True, help="name of the model in the result file")
+    parser.add_argument(
+        "--settings", nargs="+", default=SETTINGS, help="scheme:prefix; the prefix as in quantize"
+    )
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "protocol")
+    parser.add_argument(
+        "--reuse", action="store_true", help="measure checkpoints that are in --work already"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy"
+    )
+    return parser.parse_args()
+
+
+def commit() -> str | None:
+    """The commit measured, with a + if the tree differs from it."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=10"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe(ids: tuple[int, ...], tokenizer) -> str:
+    return " ".join(repr(tokenizer.decode([i])) for i in ids) or "none"
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    progress = progress_module.for_stream()
+    float_model, tokenizer = load_float_model(arguments.model, torch.float32)
+    float_model.to(arguments.device)
+    content = texts.load_text(arguments.text)
+    protocol = Protocol(
+        Path(arguments.text).name, windows=arguments.windows, seqlen=arguments.seqlen
+    )
+    samples = protocol.samples(content, tokenizer)
+    calibration = calibration_tokens(content, tokenizer)
+
+    candidates: dict[str, Candidate] = {"float": Candidate(float_model)}
+    prefixes: dict[str, tuple[int, ...]] = {"float": ()}
+    reports = {}
+    for setting in arguments.settings:
+        scheme, mode = setting.split(":", 1)
+        folder = arguments.work / arguments.name / setting.replace(":", "-")
+        if not (arguments.reuse and folder.exists()):
+            progress.note(f"--- {setting} ---")
+            reports[setting] = quantize_and_save(
+                float_model,
+                tokenizer,
+                RecipeConfig(scheme=Scheme.parse(scheme), prefix=mode),
+                calibration,
+                folder,
+                origin=Origin(arguments.name, protocol.text),
+                overwrite=True,
+                progress=progress,
+            )
+        label = f"{scheme.upper()} static, {'no' if mode == 'none' else mode} prefix"
+        prefixes[label] = saved_configs(folder)[1].prefix_token_ids
+        candidates[label] = Candidate(prefixquant.load(folder).to(arguments.device))
+        if mode in ("verified", "paper"):
+            name = f"float, {mode} prefix"
+            candidates[name] = Candidate(float_model, prefixes[label])
+            prefixes[name] = prefixes[label]
+        gc.collect()
+    reference = REFERENCE if REFERENCE in candidates else "float"
+
+    measured = compare(candidates, reference, samples, progress)
+    order = sorted(measured, key=lambda name: not name.startswith("float"))
+    rows = [
+        [
+            name,
+            describe(prefixes[name], tokenizer),
+            round(measured[name]["ppl"], 2),
+            round(measured[name]["kl"], 4),
+            round(100 * measured[name]["top1"], 1),
+        ]
+        for name in order
+    ]
+    result = {
+        "table": "accuracy",
+        "title": f"{arguments.name}, text {protocol.text}, {len(samples)} windows of "
+        f"{samples.shape[1]} tokens",
+        "columns": ["setting", "prefix", "PPL", "KL", "top-1 %"],
+        "rows": rows,
+        "note": f"KL divergence and top-1 agreement are against: {reference}.",
+        "protocol": {**vars(protocol), "windows": len(samples)},
+        "measured": measured,
+        "recipes": reports,
+        "environment": environment(),
+        "commit": commit(),
+    }
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    replace_files(arguments.results, {f"{arguments.name}.json": report_json(result)})
+    for row in rows:
+        sys.stdout.write("  ".join(str(cell) for cell in row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: N999
+"""The compiled extension. Outputs are the last arguments, allocated by the caller."""
+
+from torch import Tensor
+
+__version__: str
+with_cuda: bool
+
+def available_isas() -> list[str]: ...
+def current_isa() -> str: ...
+def gemm_w4(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+) -> None: ...
+def gemm_w8(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+) -> None: ...
+def hadamard(x: Tensor, signs: Tensor | None, block_size: int, y: Tensor) -> None: ...
+def hadamard_quantize(
+    x: Tensor,
+    signs: Tensor | None,
+    block_size: int,
+    scale: Tensor,
+    bits: int,
+    q: Tensor,
+) -> None: ...
+def kv_append(
+    x: Tensor,
+    scale: Tensor,
+    bits: int,
+    signs: Tensor | None,
+    block_size: int,
+    cache: Tensor,
+    position: int,
+) -> None: ...
+def kv_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    out: Tensor,
+) -> None: ...
+def kv_dequantize(q: Tensor, scale: Tensor, bits: int, y: Tensor) -> None: ...
+def kv_quantize(
+    x: Tensor,
+    scale: Tensor,
+    bits: int,
+    signs: Tensor | None,
+    block_size: int,
+    q: Tensor,
+) -> None: ...
+def outlier_scan(
+    x: Tensor,
+    eta: float,
+    row_max: Tensor,
+    median: Tensor,
+    is_outlier: Tensor,
+) -> None: ...
+def pack_int4(q: Tensor, packed: Tensor) -> None: ...
+def prepack_w4(weight_packed: Tensor, prepacked: Tensor) -> None: ...
+def prepack_w8(weight: Tensor, prepacked: Tensor) -> None: ...
+def quantize_static(x: Tensor, scale: Tensor, bits: int, q: Tensor) -> None: ...
+def rmsnorm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    scale: Tensor,
+    bits: int,
+    q: Tensor,
+) -> None: ...
+def set_isa(name: str) -> None: ...
+def swiglu_hadamard_quantize(
+    gate: Tensor,
+    up: Tensor,
+    signs: Tensor | None,
+    block_size: int,
+    scale: Tensor,
+    bits: int,
+    q: Tensor,
+) -> None: ...
+def unpack_int4(packed: Tensor, q: Tensor) -> None: ...
+def unprepack_w4(prepacked: Tensor, weight_packed: Tensor) -> None: ...
+def unprepack_w8(prepacked: Tensor, weight: Tensor) -> None: ...
