@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder block as functions on plain tensors, with quantizers that can be switched per point.
+
+One definition serves the float model (no quantizer), the outlier scan, the calibration and the fake
+quantization that the packed kernels are compared with. Everything runs in the dtype of the weights.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prefixquant.quantizer import fake_quantize
+from prefixquant.roles import BlockWeights, Geometry
+from prefixquant.rotate import rotate_last_dim
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """What the forward pass needs beside weights: sizes, and the online rotations' block sizes
+    (1: none)."""
+
+    geometry: Geometry
+    r3_size: int
+    r4_size: int
+
+
+@dataclass
+class BlockScales:
+    """Static scales of one block. A point that is absent is not quantized.
+
+    ``activations``: point -> float32 []; ``k``, ``v``: float32 [H_kv] or None.
+    """
+
+    activations: dict[str, Tensor] = field(default_factory=dict)
+    k: Tensor | None = None
+    v: Tensor | None = None
+    activation_bits: int = 16
+    kv_bits: int = 16
+
+
+@dataclass
+class PrefixKV:
+    """Keys (after RoPE and R3) and values of the prefix, [H_kv, P, D]; P may be 0."""
+
+    key: Tensor
+    value: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.key.shape[1]
+
+
+# Called with the name of a point ("qkv", "o", "gate_up", "down", "mlp", "q", "k", "v") and the tensor
+# there, before quantization. "mlp" is the down_proj input before R4, where outlier tokens are defined.
+Tap = Callable[[str, Tensor], None]
+
+
+def _no_tap(name: str, value: Tensor) -> None:
+    pass
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, computed in float32."""
+    wide = x.float()
+    return ((wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)) * weight
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, H, T, D], cos and sin [T, D]: the half-split rotation of the llama family."""
+    half = x.shape[-1] // 2
+    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos.to(x.dtype) + rotated * sin.to(x.dtype)
+
+
+def quantize_point(x: Tensor, point: str, scales: BlockScales) -> Tensor:
+    scale = scales.activations.get(point)
+    return x if scale is None else fake_quantize(x, scale, scales.activation_bits)
+
+
+def quantize_heads(x: Tensor, scale: Tensor | None, bits: int) -> Tensor:
+    """Fake quantization of K or V [B, H, T, D], one scale per head [H]."""
+    return x if scale is None else fake_quantize(x, scale[:, None, None], bits)
+
+
+def linear(block: BlockWeights, role: str, x: Tensor) -> Tensor:
+    return F.linear(x, block.weights[role], block.biases[role])
+
+
+def project_qkv(
+    block: BlockWeights, shape: BlockShape, x: Tensor, rope: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, T, C] (normed, quantized) -> q [B, H, T, D], k, v [B, H_kv, T, D]; q and k after RoPE
+    and R3."""
+    head_dim, eps = shape.geometry.head_dim, shape.geometry.eps
+
+    def heads(role: str) -> Tensor:
+        return linear(block, role, x).unflatten(-1, (-1, head_dim))  # [B, T, H, D]
+
+    q, k, v = heads("q"), heads("k"), heads("v").transpose(1, 2)
+    if block.q_norm is not None:
+        q, k = rms_norm(q, block.q_norm, eps), rms_norm(k, block.k_norm, eps)
+    q, k = (apply_rope(t.transpose(1, 2), *rope) for t in (q, k))
+    return rotate_last_dim(q, shape.r3_size), rotate_last_dim(k, shape.r3_size), v
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, prefix: PrefixKV | None) -> Tensor:
+    """Causal attention over [prefix | tokens]: q [B, H, T, D], k, v [B, H_kv, T, D] -> [B, T, H*D]."""
+    batch, heads, length, _ = q.shape
+    mask = None
+    if prefix is not None and prefix.length:
+        k, v = (
+            torch.cat((p.to(t.dtype).expand(batch, -1, -1, -1), t), dim=2)
+            for p, t in ((prefix.key, k), (prefix.value, v))
+        )
+        mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril(prefix.length)
+    repeats = heads // k.shape[1]
+    if repeats > 1:
+        k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    return out.transpose(1, 2).flatten(2)
+
+
+def attention_half(
+    block: BlockWeights,
+    shape: BlockShape,
+    x: Tensor,
+    rope: tuple[Tensor, Tensor],
+    prefix: PrefixKV | None = None,
+    scales: BlockScales | None = None,
+    tap: Tap = _no_tap,
+) -> Tensor:
+    """``x + o_proj(attention(q, k, v))`` for x [B, T, C]."""
+    scales = scales or BlockScales()
+    normed = rms_norm(x, block.input_norm, shape.geometry.eps)
+    tap("qkv", normed)
+    q, k, v = project_qkv(block, shape, quantize_point(normed, "qkv", scales), rope)
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        tap(name, value)
+    k = quantize_heads(k, scales.k, scales.kv_bits)
+    v = quantize_heads(v, scales.v, scales.kv_bits)
+    mixed = attend(q, k, v, prefix)
+    tap("o", mixed)
+    return x + linear(block, "o", quantize_point(mixed, "o", scales))
+
+
+def mlp_half(
+    block: BlockWeights,
+    shape: BlockShape,
+    x: Tensor,
+    scales: BlockScales | None = None,
+    tap: Tap = _no_tap,
+) -> Tensor:
+    """``x + down_proj(R4(silu(gate) * up))`` for x [B, T, C]."""
+    scales = scales or BlockScales()
+    normed = rms_norm(x, block.post_norm, shape.geometry.eps)
+    tap("gate_up", normed)
+    normed = quantize_point(normed, "gate_up", scales)
+    inner = F.silu(linear(block, "gate", normed)) * linear(block, "up", normed)
+    tap("mlp", inner)
+    inner = rotate_last_dim(inner, shape.r4_size)
+    tap("down", inner)
+    return x + linear(block, "down", quantize_point(inner, "down", scales))
+
+
+def block_forward(
+    block: BlockWeights,
+    shape: BlockShape,
+    x: Tensor,
+    rope: tuple[Tensor, Tensor],
+    prefix: PrefixKV | None = None,
+    scales: BlockScales | None = None,
+    tap: Tap = _no_tap,
+) -> Tensor:
+    """One decoder block, x [B, T, C] -> [B, T, C]."""
+    x = attention_half(block, shape, x, rope, prefix, scales, tap)
+    return mlp_half(block, shape, x, scales, tap)
+

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Static scales and integer weights of one block, found on calibration data with the prefix in place.
+
+The block is quantized from its input to its output. At each activation point the scale is searched
+first (on the float weights that read it), then those weights are solved on the *quantized* inputs,
+so every later choice sees the errors of the earlier ones. All scales are then refined together on
+the block's output, against the output of the float block on the float stream.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prefixquant.block import (
+    BlockScales,
+    BlockShape,
+    PrefixKV,
+    attend,
+    block_forward,
+    linear,
+    project_qkv,
+    quantize_heads,
+    quantize_point,
+    rms_norm,
+)
+from prefixquant.config import Scheme
+from prefixquant.quantizer import fake_quantize, minmax_scale
+from prefixquant.roles import POINTS, BlockWeights
+from prefixquant.rotate import rotate_last_dim
+from prefixquant.solvers import QuantizedWeight, solve_rtn
+
+# Candidates as fractions of the min-max scale. Four bits clip hard (most optima lie at 0.4-0.7),
+# eight bits hardly at all.
+_COARSE = {4: (0.25, 1.0, 16), 8: (0.4, 1.0, 13)}
+_FINE = tuple(0.01 * k for k in range(-4, 5))
+_HEAD_RATIOS = tuple(0.3 + 0.025 * k for k in range(29))  # 0.3 .. 1.0
+# Multipliers tried on each scale by the refinement.
+_REFINE = (0.8, 0.87, 0.94, 1.06, 1.14, 1.25)
+_SEARCH_TOKENS = 2048  # tokens an activation search looks at, evenly spaced over the samples
+
+
+@dataclass
+class CalibratedBlock:
+    """What one block becomes, and what it cost."""
+
+    weights: dict[str, QuantizedWeight]  # empty when weights stay in 16 bits
+    scales: BlockScales
+    simulated: BlockWeights  # the block with its weights dequantized: the fake-quantized block
+    relative_error: float  # |y_q - y|^2 / |y|^2 of the block's output, streams included
+
+
+@dataclass
+class Streams:
+    """The residual stream [n, T, C] entering the block in the float and in the quantized model."""
+
+    floating: Tensor
+    quantized: Tensor
+
+
+def _batches(*tensors: Tensor, size: int = 2) -> Iterable[tuple[Tensor, ...]]:
+    return zip(*(t.split(size) for t in tensors), strict=True)
+
+
+def search_activation_scale(x: Tensor, weights: list[Tensor], bits: int) -> Tensor:
+    """The scale s that minimises ``|(Q(x) - x) [W_1; W_2; ...]^T|^2``: the error that quantizing x
+    makes in the outputs of the linears that read it.
+
+    Args:
+        x: [..., K].
+        weights: float [N_i, K].
+
+    Returns:
+        float32 [].
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    start = minmax_scale(rows.abs().max(), bits)
+    rows = rows[:: max(1, len(rows) // _SEARCH_TOKENS)]
+    readers = torch.cat(weights)
+
+    def error(ratio: float) -> float:
+        delta = fake_quantize(rows, start * ratio, bits) - rows
+        return F.linear(delta, readers).square().sum().item()
+
+    low, high, count = _COARSE[bits]
+    errors = {r: error(r) for r in torch.linspace(low, high, count).tolist()}
+    coarse = min(errors, key=errors.get)
+    errors |= {r: error(r) for r in (coarse + step for step in _FINE) if r > 0}
+    return start * min(errors, key=errors.get)
+
+
+def search_head_scales(x: Tensor, metric: Tensor, bits: int) -> Tensor:
+    """Per head the scale that minimises ``sum_t e_t G e_t^T`` with e = Q(x) - x.
+
+    For K, G = q^T q of the queries that meet the head, which makes the sum the squared error of the
+    attention logits; for V, G = W_o^T W_o of the o_proj columns that the head feeds.
+
+    Args:
+        x: [B, H, T, D]; metric: [H, D, D].
+
+    Returns:
+        float32 [H].
+    """
+    start = minmax_scale(x.abs().amax(dim=(0, 2, 3)), bits)
+    tokens = x.transpose(0, 1).flatten(1, 2)  # [H, B*T, D]
+    tokens = tokens[:, :: max(1, tokens.shape[1] // _SEARCH_TOKENS)]
+    best, least = start.clone(), torch.full_like(start, torch.inf)
+    for ratio in _HEAD_RATIOS:
+        scale = start * ratio
+        delta = fake_quantize(tokens, scale[:, None, None], bits) - tokens
+        error = ((delta @ metric) * delta).sum(dim=(1, 2))
+        better = error < least
+        best[better], least[better] = scale[better], error[better]
+    return best
+
+
+def _grouped_metric(per_query_head: Tensor, kv_heads: int) -> Tensor:
+    """[H, D, D] -> [H_kv, D, D], summed over the query heads that share a KV head."""
+    return per_query_head.unflatten(0, (kv_heads, -1)).sum(dim=1)
+
+
+class _BlockQuantizer:
+    """Quantizes one block front to back; see `calibrate_block`."""
+
+    def __init__(
+        self,
+        block: BlockWeights,
+        shape: BlockShape,
+        scheme: Scheme,
+        rope: tuple[Tensor, Tensor],
+        prefix: PrefixKV,
+    ):
+        self.float_block = block
+        self.shape = shape
+        self.scheme = scheme
+        self.rope = rope
+        self.prefix = prefix
+        self.scales = BlockScales(
+            activation_bits=scheme.activation_bits, kv_bits=scheme.kv_bits
+        )
+        self.quantized: dict[str, QuantizedWeight] = {}
+        self.simulated = BlockWeights(
+            dict(block.weights),
+            dict(block.biases),
+            block.input_norm,
+            block.post_norm,
+            block.q_norm,
+            block.k_norm,
+        )
+
+    def point(self, name: str, x: Tensor) -> Tensor:
+        """Searches the scale of an activation point, solves the weights that read it, and returns
+        the quantized activations."""
+        weights = [self.float_block.weights[role] for role in POINTS[name]]
+        if self.scheme.activation_bits < 16:
+            self.scales.activations[name] = search_activation_scale(
+                x, weights, self.scheme.activation_bits
+            )
+        x = quantize_point(x, name, self.scales)
+        if self.scheme.weight_bits < 16:
+            rows = x.reshape(-1, x.shape[-1])
+            hessian = rows.T @ rows / len(rows)
+            for role, weight in zip(POINTS[name], weights, strict=True):
+                solved = solve_rtn(weight, self.scheme.weight_bits, hessian)
+                self.quantized[role] = solved
+                self.simulated.weights[role] = solved.dequantize(weight.dtype)
+        return x
+
+    def kv(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Searches the K and V scales and returns quantized k and v."""
+        bits, geometry = self.scheme.kv_bits, self.shape.geometry
+        if bits == 16:
+            return k, v
+        queries = q.transpose(0, 1).flatten(1, 2)  # [H, B*T, D]
+        logits = _grouped_metric(queries.transpose(1, 2) @ queries, geometry.kv_heads)
+        out = self.float_block.weights["o"].unflatten(-1, (geometry.heads, -1)).transpose(0, 1)
+        outputs = _grouped_metric(out.transpose(1, 2) @ out, geometry.kv_heads)
+        self.scales.k = search_head_scales(k, logits, bits)
+        self.scales.v = search_head_scales(v, outputs, bits)
+        if bits == 8:  # one scale a tensor at 8 bits: the largest of its heads
+            self.scales.k = self.scales.k.amax().expand_as(self.scales.k).contiguous()
+            self.scales.v = self.scales.v.amax().expand_as(self.scales.v).contiguous()
+        return quantize_heads(k, self.scales.k, bits), quantize_heads(v, self.scales.v, bits)
+
+    def run(self, x: Tensor) -> None:
+        """Goes through the block once with the quantized stream x [n, T, C]."""
+        eps = self.shape.geometry.eps
+        block = self.simulated
+        normed = self.point("qkv", rms_norm(x, block.input_norm, eps))
+        q, k, v = project_qkv(block, self.shape, normed, self.rope)
+        k, v = self.kv(q, k, v)
+        mixed = torch.cat([attend(*part, self.prefix) for part in _batches(q, k, v)])
+        x = x + linear(block, "o", self.point("o", mixed))
+        normed = self.point("gate_up", rms_norm(x, block.post_norm, eps))
+        inner = F.silu(linear(block, "gate", normed)) * linear(block, "up", normed)
+        self.point("down", rotate_last_dim(inner, self.shape.r4_size))
+
+    def output(self, x: Tensor) -> Tensor:
+        return torch.cat(
+            [
+                block_forward(
+                    self.simulated, self.shape, part, self.rope, self.prefix, self.scales
+                )
+                for (part,) in _batches(x)
+            ]
+        )
+
+    def refine(self, x: Tensor, target: Tensor) -> None:
+        """One sweep over all scales, each moved to the multiplier with the least output error."""
+
+        def error() -> float:
+            return (self.output(x) - target).square().sum().item()
+
+        def search(get: Callable[[], Tensor], put: Callable[[Tensor], None]) -> None:
+            nonlocal least
+            start = best = get()
+            for factor in _REFINE:
+                put(start * factor)
+                found = error()
+                if found < least:
+                    least, best = found, start * factor
+            put(best)
+
+        least = error()
+        for name in list(self.scales.activations):
+            search(
+                lambda name=name: self.scales.activations[name],
+                lambda value, name=name: self.scales.activations.__setitem__(name, value),
+            )
+        for name in ("k", "v"):
+            if getattr(self.scales, name) is not None:
+                search(
+                    lambda name=name: getattr(self.scales, name),
+                    lambda value, name=name: setattr(self.scales, name, value),
+                )
+
+
+def calibrate_block(
+    block: BlockWeights,
+    shape: BlockShape,
+    scheme: Scheme,
+    rope: tuple[Tensor, Tensor],
+    prefix: PrefixKV,
+    streams: Streams,
+    refine_samples: int = 2,
+) -> CalibratedBlock:
+    """Quantizes one block and advances both streams through it, in place.
+
+    Args:
+        block: rotated float weights.
+        rope: cos, sin [T, D] of positions 0..T-1.
+        prefix: K/V of the prefix in this block, never quantized.
+        streams: inputs [n, T, C]; on return the block's outputs.
+        refine_samples: samples of the output-error refinement; 0 skips it.
+    """
+    for (part,) in _batches(streams.floating):
+        part.copy_(block_forward(block, shape, part, rope, prefix))
+    quantizer = _BlockQuantizer(block, shape, scheme, rope, prefix)
+    quantizer.run(streams.quantized)
+    if refine_samples:
+        quantizer.refine(streams.quantized[:refine_samples], streams.floating[:refine_samples])
+    streams.quantized.copy_(quantizer.output(streams.quantized))
+    error = (streams.quantized - streams.floating).square().sum()
+    return CalibratedBlock(
+        quantizer.quantized,
+        quantizer.scales,
+        quantizer.simulated,
+        (error / streams.floating.square().sum()).item(),
+    )

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Norm folding and the rotations R1-R4 (SpinQuant, section 3), block by block in float64.
+
+With H_n the orthonormal Hadamard matrix of `prefixquant.hadamard` and S a diagonal of random signs:
+
+- R1, residual stream: ``x' = H S x``. Embedding rows and the inputs of q, k, v, gate, up and the head
+  are multiplied by it; the outputs of o and down too.
+- R2, each value head: ``v' = H v``; the output of v_proj and the input of o_proj.
+- R3, q and k after RoPE: ``H q``, ``H k``, at run time.
+- R4, input of down_proj: ``H d`` in blocks, at run time; its inverse is folded into down_proj here.
+
+RMSNorm weights are folded into the linears that follow, so that R1 commutes with the norm.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from prefixquant.config import Rotations
+from prefixquant.hadamard import hadamard_signs, split_size
+from prefixquant.roles import BlockWeights, Geometry
+
+
+@lru_cache(maxsize=64)
+def _factors(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The Kronecker factors of H_n = H_k (x) H_2^m: [k, k] with the 1/sqrt(n), [2^m, 2^m] of signs."""
+    power, k = split_size(n)
+    outer = hadamard_signs(k).to(device=device, dtype=dtype) / n**0.5
+    return outer, hadamard_signs(power).to(device=device, dtype=dtype)
+
+
+def rotate_last_dim(x: Tensor, size: int) -> Tensor:
+    """``H x`` on each block of ``size`` of the last dimension, in the dtype of x; 1 changes nothing.
+
+    Differentiable and on any device; `prefixquant.ops.hadamard` is the same as one kernel.
+    """
+    if size == 1:
+        return x
+    outer, inner = _factors(size, x.dtype, x.device)
+    # Two plain matrix products: batched products of small factors are many times slower.
+    blocks = x.reshape(-1, inner.shape[0]) @ inner  # symmetric (Sylvester)
+    if outer.shape[0] == 1:
+        return (blocks * outer).reshape(x.shape)
+    blocks = blocks.view(-1, outer.shape[0], inner.shape[0]).transpose(1, 2)
+    return (blocks @ outer.T).transpose(1, 2).reshape(x.shape)
+
+
+@dataclass(frozen=True)
+class RotationPlan:
+    """The rotations of one model: which, their sizes, and the signs of R1 [hidden]."""
+
+    rotations: Rotations
+    geometry: Geometry
+    signs: Tensor  # float64 [hidden], +-1
+
+    @property
+    def r1_size(self) -> int:
+        return self.geometry.hidden if self.rotations.r1 else 1
+
+    @property
+    def r2_size(self) -> int:
+        return self.geometry.head_dim if self.rotations.r2 else 1
+
+    @property
+    def r3_size(self) -> int:
+        return self.geometry.head_dim if self.rotations.r3 else 1
+
+    @property
+    def r4_size(self) -> int:
+        return self.rotations.r4_block_size if self.rotations.r4 else 1
+
+
+def plan_rotations(
+    geometry: Geometry, *, rotate: bool = True, r4_block_size: int = 0, seed: int = 0
+) -> RotationPlan:
+    """Checks that every size has a Hadamard matrix and draws the signs of R1.
+
+    Raises:
+        UnsupportedModelError: a size has no construction, or ``r4_block_size`` does not divide the
+            intermediate size.
+    """
+    block = r4_block_size or geometry.intermediate
+    if rotate:
+        split_size(geometry.hidden)
+        split_size(geometry.head_dim)
+        split_size(block)
+        if geometry.intermediate % block:
+            from prefixquant.errors import UnsupportedModelError
+
+            raise UnsupportedModelError(
+                f"r4_block_size: expected a divisor of the intermediate size "
+                f"{geometry.intermediate}, got {block}"
+            )
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (geometry.hidden,), generator=generator).double() * 2 - 1
+    rotations = (
+        Rotations(r4_block_size=block) if rotate else Rotations(False, False, False, False, 0)
+    )
+    return RotationPlan(rotations, geometry, signs)
+
+
+def rotate_residual_rows(rows: Tensor, plan: RotationPlan) -> Tensor:
+    """Each row r -> H S r: embedding rows, and rows of weights that read the residual stream."""
+    if not plan.rotations.r1:
+        return rows
+    return rotate_last_dim(rows * plan.signs.to(rows.device), plan.r1_size)
+
+
+def rotate_block(block: BlockWeights, plan: RotationPlan) -> BlockWeights:
+    """The block with its norms folded in and R1, R2 and R4's inverse applied; float64 inside, the
+    dtype of the input outside."""
+    dtype = block.input_norm.dtype
+    wide = block.to(dtype=torch.float64)
+    weights, biases = dict(wide.weights), dict(wide.biases)
+    head_dim = plan.geometry.head_dim
+
+    for norm, readers in ((wide.input_norm, "qkv"), (wide.post_norm, ("gate", "up"))):
+        for role in readers:
+            weights[role] = rotate_residual_rows(weights[role] * norm, plan)
+
+    # R2: v_proj's output rows, head by head, and o_proj's input columns.
+    weights["v"] = rotate_last_dim(
+        weights["v"].T.unflatten(-1, (-1, head_dim)), plan.r2_size
+    ).flatten(-2).T
+    if biases["v"] is not None:
+        biases["v"] = rotate_last_dim(
+            biases["v"].unflatten(-1, (-1, head_dim)), plan.r2_size
+        ).flatten()
+    weights["o"] = rotate_last_dim(
+        weights["o"].unflatten(-1, (-1, head_dim)), plan.r2_size
+    ).flatten(-2)
+
+    weights["down"] = rotate_last_dim(weights["down"], plan.r4_size)
+    for role in ("o", "down"):
+        weights[role] = rotate_residual_rows(weights[role].T, plan).T
+        if biases[role] is not None:
+            biases[role] = rotate_residual_rows(biases[role][None], plan)[0]
+
+    return BlockWeights(
+        {role: w.to(dtype).contiguous() for role, w in weights.items()},
+        {role: None if b is None else b.to(dtype).contiguous() for role, b in biases.items()},
+        torch.ones_like(block.input_norm),
+        torch.ones_like(block.post_norm),
+        block.q_norm,
+        block.k_norm,
+    )
+
+
+def rotate_embedding(embedding: Tensor, plan: RotationPlan, rows: int = 4096) -> Tensor:
+    """Embedding [V, C], each row rotated; in slices, so that no float64 copy of it exists."""
+    return torch.cat(
+        [rotate_residual_rows(part.double(), plan).to(embedding.dtype) for part in embedding.split(rows)]
+    )
+
+
+def rotate_head(head: Tensor, final_norm: Tensor, plan: RotationPlan, rows: int = 4096) -> Tensor:
+    """Head [V, C] with the final norm folded in and its input rotated."""
+    norm = final_norm.double()
+    return torch.cat(
+        [rotate_residual_rows(part.double() * norm, plan).to(head.dtype) for part in head.split(rows)]
+    )
