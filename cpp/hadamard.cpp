@@ -77,9 +77,9 @@ void swiglu_hadamard_quantize(const TensorView& gate, const TensorView& up,
   check.on_cpu(gate, "gate");
   check.on_cpu(up, "up");
   float_type(check, gate, "gate");
+  const RowView gate_rows(check, gate, "gate");
   check.dtype(up, "up", gate.dtype);
   check.same_shape(up, "up", gate, "gate");
-  const RowView gate_rows(check, gate, "gate");
   const RowView up_rows(check, up, "up");
   HadamardRows params = plan_rows(check, gate, "gate", gate_rows, signs, block_size);
   params.up = up.ptr;

@@ -20,7 +20,8 @@ inline bool lookup_dtype(PyObject* dtype, DType* out) {
   if (found == known.end()) {
     const std::string name = pybind11::str(pybind11::handle(dtype));
     for (DType candidate : {DType::kUInt8, DType::kInt8, DType::kInt32, DType::kInt64,
-                            DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kBool}) {
+                            DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat64,
+                            DType::kBool}) {
       if (name == std::string("torch.") + dtype_name(candidate)) {
         found = known.emplace(dtype, candidate).first;
       }

@@ -13,7 +13,7 @@
 
 namespace prefixquant {
 
-enum class DType : uint8_t { kUInt8, kInt8, kInt32, kInt64, kFloat16, kBFloat16, kFloat32, kBool };
+enum class DType : uint8_t { kUInt8, kInt8, kInt32, kInt64, kFloat16, kBFloat16, kFloat32, kFloat64, kBool };
 
 inline const char* dtype_name(DType dtype) {
   switch (dtype) {
@@ -24,6 +24,7 @@ inline const char* dtype_name(DType dtype) {
     case DType::kFloat16: return "float16";
     case DType::kBFloat16: return "bfloat16";
     case DType::kFloat32: return "float32";
+    case DType::kFloat64: return "float64";  // no operation takes it: it is here to be named in errors
     case DType::kBool: return "bool";
   }
   return "unknown";
@@ -31,6 +32,7 @@ inline const char* dtype_name(DType dtype) {
 
 inline int64_t dtype_bytes(DType dtype) {
   switch (dtype) {
+    case DType::kFloat64:
     case DType::kInt64: return 8;
     case DType::kInt32:
     case DType::kFloat32: return 4;
