@@ -23,6 +23,8 @@ PQ_ISA_NAMESPACE_BEGIN
 constexpr int64_t kAmxMinRows = 8;
 constexpr int64_t kTileSide = 16;
 constexpr int64_t kStepBytes = kTileSide * 64;  // one B tile
+constexpr int64_t kTileGroupBytes = 128;        // 8 inputs x 16 outputs in B tiles
+constexpr int64_t kPanelBytes = 1 << 20;        // B tiles kept at a time: half of a 2 MB L2
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1;
@@ -80,57 +82,74 @@ static void multiply_tiles(const int8_t* x, int64_t x_stride, const int8_t* x_ta
   }
 }
 
-// B tiles of one block, in place (8-bit) or unpacked into `panel` (4-bit).
+// B tiles of `groups` groups (of any number of blocks), in place (8-bit) or unpacked into `panel`.
 template <class Weight>
 static const uint8_t* tile_panel(const uint8_t* weight, int64_t groups, uint8_t* panel) {
-  if constexpr (Weight::kGroupBytes == 128) {
+  if constexpr (Weight::kGroupBytes == kTileGroupBytes) {
     return weight;
   } else {
     for (int64_t g = 0; g < groups; ++g) {
       __m512i k0, k4;
       Weight::load(weight + g * Weight::kGroupBytes, &k0, &k4);
-      _mm512_store_si512(panel + g * 128, k0);
-      _mm512_store_si512(panel + g * 128 + 64, k4);
+      _mm512_store_si512(panel + g * kTileGroupBytes, k0);
+      _mm512_store_si512(panel + g * kTileGroupBytes + 64, k4);
     }
     return panel;
   }
 }
 
-// As compute_rows of gemm_driver.h, for 1 or 2 blocks of outputs.
+// Rows [i, i + rows) (at most 32) and one or two blocks, of which B tiles begin at b0 and b1.
+template <class Weight>
+static void compute_tile(const GemmParams& p, int64_t i, int64_t rows, const uint8_t* b0,
+                         const uint8_t* b1, int64_t n0, const OutputFactors& factors,
+                         FinishTile* finish) {
+  alignas(64) int32_t sum[2 * kTileSide * 2 * kTileSide];
+  const int8_t* x_tail = p.k % kPadInputs ? p.x_tail + i * kPadInputs : nullptr;
+  const auto multiply = rows > kTileSide
+                            ? (b1 ? multiply_tiles<true, true> : multiply_tiles<true, false>)
+                            : (b1 ? multiply_tiles<false, true> : multiply_tiles<false, false>);
+  multiply(p.x + i * p.k, p.k, x_tail, p.k / kPadInputs, b0, b1, sum);
+  finish(p, factors, Weight::kOffset, sum, 2 * kTileSide, rows, b1 ? 2 : 1, i, n0);
+}
+
+// As compute_rows of gemm_driver.h, for any number of blocks. They are taken in chunks whose B
+// tiles fit L2; within a chunk the 32 rows of a tile stay in L1 while the chunk's tiles pass, and y
+// is written along its rows, a page at a time (writing down its columns cost more than the
+// products).
 template <class Weight>
 static void compute_rows_amx(const GemmParams& p, int64_t m0, int64_t m1, int64_t block0,
                              int64_t blocks) {
   const int64_t groups = (p.k + kPadInputs - 1) / kPadInputs * (kPadInputs / kGroupInputs);
-  const int64_t n0 = block0 * kBlockOutputs;
-  const uint8_t* weight = p.weight + block0 * groups * Weight::kGroupBytes;
-  auto* panel = static_cast<uint8_t*>(
-      thread_scratch(ScratchSlot::kPanel, Weight::kGroupBytes == 128 ? 0 : 2 * groups * 128));
-  const uint8_t* b0 = tile_panel<Weight>(weight, groups, panel);
-  const uint8_t* b1 = blocks == 1 ? nullptr
-                                  : tile_panel<Weight>(weight + groups * Weight::kGroupBytes,
-                                                       groups, panel + groups * 128);
-  const OutputFactors factors(p, n0, blocks);
+  const int64_t tile_bytes = groups * kTileGroupBytes;  // of the B tiles of one block
+  int64_t chunk = kPanelBytes / tile_bytes / 2 * 2;
+  if (chunk < 2) chunk = 2;
+  if (chunk > blocks) chunk = blocks;
+  const int64_t panel_bytes = Weight::kGroupBytes == kTileGroupBytes ? 0 : chunk * tile_bytes;
+  const int64_t factor_bytes = chunk * kBlockOutputs * 2 * static_cast<int64_t>(sizeof(float));
+  auto* scratch =
+      static_cast<uint8_t*>(thread_scratch(ScratchSlot::kPanel, panel_bytes + factor_bytes));
+  auto* factor_storage = reinterpret_cast<float*>(scratch + panel_bytes);
   FinishTile* finish = pick_finish_tile(p.output_dtype);
 
-  alignas(64) int32_t sum[2 * kTileSide * 2 * kTileSide];
   int64_t configured = 0;
-  for (int64_t i = m0; i < m1; i += 2 * kTileSide) {
-    const int64_t rows = m1 - i < 2 * kTileSide ? m1 - i : 2 * kTileSide;
-    if (rows != configured) {
-      configure_tiles(rows < kTileSide ? rows : kTileSide, rows - kTileSide);
-      configured = rows;
+  for (int64_t first = 0; first < blocks; first += chunk) {
+    const int64_t count = blocks - first < chunk ? blocks - first : chunk;
+    const int64_t n0 = (block0 + first) * kBlockOutputs;
+    const uint8_t* panel = tile_panel<Weight>(
+        p.weight + (block0 + first) * groups * Weight::kGroupBytes, count * groups, scratch);
+    const OutputFactors factors = load_factors(p, n0, count * kBlockOutputs, factor_storage);
+    for (int64_t i = m0; i < m1; i += 2 * kTileSide) {
+      const int64_t rows = m1 - i < 2 * kTileSide ? m1 - i : 2 * kTileSide;
+      if (rows != configured) {
+        configure_tiles(rows < kTileSide ? rows : kTileSide, rows - kTileSide);
+        configured = rows;
+      }
+      for (int64_t b = 0; b < count; b += 2) {
+        compute_tile<Weight>(p, i, rows, panel + b * tile_bytes,
+                             b + 1 < count ? panel + (b + 1) * tile_bytes : nullptr,
+                             n0 + b * kBlockOutputs, factors.after(b * kBlockOutputs), finish);
+      }
     }
-    const int8_t* x = p.x + i * p.k;
-    const int8_t* x_tail = p.k % kPadInputs ? p.x_tail + i * kPadInputs : nullptr;
-    const int64_t steps = p.k / kPadInputs;
-    if (rows > kTileSide) {
-      (blocks == 2 ? multiply_tiles<true, true> : multiply_tiles<true, false>)(x, p.k, x_tail,
-                                                                               steps, b0, b1, sum);
-    } else {
-      (blocks == 2 ? multiply_tiles<false, true>
-                   : multiply_tiles<false, false>)(x, p.k, x_tail, steps, b0, b1, sum);
-    }
-    finish(p, factors, Weight::kOffset, sum, 2 * kTileSide, rows, blocks, i, n0);
   }
   _tile_release();
 }

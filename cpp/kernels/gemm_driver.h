@@ -54,8 +54,9 @@ static void dot_tile_rows(int64_t count, const RowTile& rows, const uint8_t* wei
     return;
     PQ_CASE(1)
     PQ_CASE(2)
-    PQ_CASE(3) PQ_CASE(4) PQ_CASE(5) PQ_CASE(6) PQ_CASE(7) PQ_CASE(8) PQ_CASE(9) PQ_CASE(10)
-        PQ_CASE(11) PQ_CASE(12)
+    PQ_CASE(3)
+    PQ_CASE(4) PQ_CASE(5) PQ_CASE(6) PQ_CASE(7) PQ_CASE(8) PQ_CASE(9) PQ_CASE(10) PQ_CASE(11)
+        PQ_CASE(12)
 #undef PQ_CASE
   }
 }
@@ -68,7 +69,8 @@ static void compute_rows(const GemmParams& p, int64_t m0, int64_t m1, int64_t bl
       ceil_div(p.k, kPadInputs) * (kPadInputs / kGroupInputs) * Weight::kGroupBytes;
   const uint8_t* weight = p.weight + block0 * block_bytes;
   const int64_t n0 = block0 * kBlockOutputs;
-  const OutputFactors factors(p, n0, blocks);
+  alignas(64) float factor_storage[2 * 4 * kBlockOutputs];
+  const OutputFactors factors = load_factors(p, n0, blocks * kBlockOutputs, factor_storage);
   FinishTile* finish = pick_finish_tile(p.output_dtype);
   const int64_t groups = p.k / kGroupInputs;
 
@@ -108,6 +110,9 @@ static Partition partition_output(const GemmParams& p, int64_t threads) {
   part.unit_blocks = p.m <= kNarrowRows ? 1 : 2;
   part.units_per_row = ceil_div(n_blocks, part.unit_blocks);
   int64_t row_blocks = ceil_div(p.m * p.k, kRowBlockBytes);
+#if defined(__AMX_INT8__)
+  row_blocks = 1;  // here the weights stay in L2 and x passes by
+#endif
   // Few outputs and many threads: cut the rows too, down to 96, until each thread has four units.
   const int64_t wanted = ceil_div(4 * threads, part.units_per_row);
   const int64_t possible = ceil_div(p.m, 96);
@@ -130,18 +135,17 @@ static void compute_units(const GemmParams& p, const Partition& part, int64_t fi
     const int64_t block0 = column * part.unit_blocks;
     const int64_t run = smaller(last - unit, part.units_per_row - column);
     int64_t blocks = smaller(run * part.unit_blocks, n_blocks - block0);
-    const int64_t most = part.unit_blocks == 1 ? 4 : 2;
-    if (blocks > most) blocks = most;
-    if (blocks == 3) blocks = 2;
 #if defined(__AMX_INT8__)
     if (m1 - m0 >= kAmxMinRows) {
       compute_rows_amx<Weight>(p, m0, m1, block0, blocks);
-    } else {
-      compute_rows<Weight>(p, m0, m1, block0, blocks);
+      unit += run;
+      continue;
     }
-#else
-    compute_rows<Weight>(p, m0, m1, block0, blocks);
 #endif
+    const int64_t most = part.unit_blocks == 1 ? 4 : 2;
+    if (blocks > most) blocks = most;
+    if (blocks == 3) blocks = 2;
+    compute_rows<Weight>(p, m0, m1, block0, blocks);
     unit += ceil_div(blocks, part.unit_blocks);
   }
 }
