@@ -46,4 +46,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("kv_append", &pq::kv_append, arg("x"), arg("scale"), arg("bits"), arg("signs"),
         arg("block_size"), arg("cache"), arg("position"), nogil);
   m.def("kv_dequantize", &pq::kv_dequantize, arg("q"), arg("scale"), arg("bits"), arg("y"), nogil);
+  m.def("kv_attention", &pq::kv_attention, arg("q"), arg("k"), arg("v"), arg("k_scale"),
+        arg("v_scale"), arg("prefix_k"), arg("prefix_v"), arg("mask"), arg("scaling"), arg("out"), nogil);
 }

@@ -51,4 +51,10 @@ void kv_append(const TensorView& x, const TensorView& scale, int64_t bits,
                int64_t position);
 void kv_dequantize(const TensorView& q, const TensorView& scale, int64_t bits, const TensorView& y);
 
+// kv_attention.cpp
+void kv_attention(const TensorView& q, const TensorView& k, const TensorView& v,
+                  const TensorView& k_scale, const TensorView& v_scale, const TensorView& prefix_k,
+                  const TensorView& prefix_v, const OptionalTensor& mask, double scaling,
+                  const TensorView& out);
+
 }  // namespace prefixquant

@@ -11,6 +11,7 @@ from prefixquant.ops.gemm import (
     unprepack_w8,
 )
 from prefixquant.ops.hadamard import hadamard, hadamard_quantize, swiglu_hadamard_quantize
+from prefixquant.ops.kv_attention import kv_attention
 from prefixquant.ops.kv_quant import kv_append, kv_dequantize, kv_quantize
 from prefixquant.ops.outlier_scan import outlier_scan
 from prefixquant.ops.pack_int4 import pack_int4, unpack_int4
@@ -24,6 +25,7 @@ __all__ = [
     "hadamard",
     "hadamard_quantize",
     "kv_append",
+    "kv_attention",
     "kv_dequantize",
     "kv_quantize",
     "outlier_scan",
