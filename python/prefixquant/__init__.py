@@ -1,6 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Static 4-bit quantization of LLM weights, activations and KV cache, with real int4 kernels."""
 
+from typing import TYPE_CHECKING
+
 from prefixquant._C import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from prefixquant.loading import load_tokenizer
+    from prefixquant.modeling import load
+
+__all__ = ["__version__", "load", "load_tokenizer"]
+
+_HOMES = {"load": "modeling", "load_tokenizer": "loading"}
+
+
+def __getattr__(name: str):
+    # Lazily: importing the package must not import transformers.
+    import importlib
+
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"prefixquant.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'prefixquant' has no attribute {name!r}")

@@ -177,4 +177,3 @@ def block_forward(
     """One decoder block, x [B, T, C] -> [B, T, C]."""
     x = attention_half(block, shape, x, rope, prefix, scales, tap)
     return mlp_half(block, shape, x, scales, tap)
-

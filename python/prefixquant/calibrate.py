@@ -137,9 +137,7 @@ class _BlockQuantizer:
         self.scheme = scheme
         self.rope = rope
         self.prefix = prefix
-        self.scales = BlockScales(
-            activation_bits=scheme.activation_bits, kv_bits=scheme.kv_bits
-        )
+        self.scales = BlockScales(activation_bits=scheme.activation_bits, kv_bits=scheme.kv_bits)
         self.quantized: dict[str, QuantizedWeight] = {}
         self.simulated = BlockWeights(
             dict(block.weights),
@@ -200,9 +198,7 @@ class _BlockQuantizer:
     def output(self, x: Tensor) -> Tensor:
         return torch.cat(
             [
-                block_forward(
-                    self.simulated, self.shape, part, self.rope, self.prefix, self.scales
-                )
+                block_forward(self.simulated, self.shape, part, self.rope, self.prefix, self.scales)
                 for (part,) in _batches(x)
             ]
         )

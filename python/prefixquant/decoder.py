@@ -32,9 +32,7 @@ class FloatDecoder:
         device: where blocks are computed.
     """
 
-    def __init__(
-        self, model: nn.Module, plan: RotationPlan, *, dtype=torch.float32, device="cpu"
-    ):
+    def __init__(self, model: nn.Module, plan: RotationPlan, *, dtype=torch.float32, device="cpu"):
         self.model = model
         self.plan = plan
         self.dtype = dtype

@@ -38,7 +38,9 @@ def _source_arguments(source: str) -> tuple[dict, dict]:
         return model, {k: v for k, v in model.items() if k != "quantization_config"}
     if path.exists():
         if not (path / "config.json").is_file():
-            raise UserError(f"{source}: expected a model folder with a config.json, or a .gguf file")
+            raise UserError(
+                f"{source}: expected a model folder with a config.json, or a .gguf file"
+            )
     elif path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
         # A hub name is "owner/name"; everything else was meant as a path.
         raise UserError(f"{source}: no such file or folder")

@@ -23,4 +23,3 @@ def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """``quantize(x) * s`` in the dtype of x."""
     return quantize(x, scale, bits).mul_(scale).to(x.dtype)
-

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from prefixquant.config import Rotations
+from prefixquant.errors import UnsupportedModelError
 from prefixquant.hadamard import hadamard_signs, split_size
 from prefixquant.roles import BlockWeights, Geometry
 
@@ -87,8 +88,6 @@ def plan_rotations(
         split_size(geometry.head_dim)
         split_size(block)
         if geometry.intermediate % block:
-            from prefixquant.errors import UnsupportedModelError
-
             raise UnsupportedModelError(
                 f"r4_block_size: expected a divisor of the intermediate size "
                 f"{geometry.intermediate}, got {block}"
@@ -121,9 +120,9 @@ def rotate_block(block: BlockWeights, plan: RotationPlan) -> BlockWeights:
             weights[role] = rotate_residual_rows(weights[role] * norm, plan)
 
     # R2: v_proj's output rows, head by head, and o_proj's input columns.
-    weights["v"] = rotate_last_dim(
-        weights["v"].T.unflatten(-1, (-1, head_dim)), plan.r2_size
-    ).flatten(-2).T
+    weights["v"] = (
+        rotate_last_dim(weights["v"].T.unflatten(-1, (-1, head_dim)), plan.r2_size).flatten(-2).T
+    )
     if biases["v"] is not None:
         biases["v"] = rotate_last_dim(
             biases["v"].unflatten(-1, (-1, head_dim)), plan.r2_size
@@ -151,7 +150,10 @@ def rotate_block(block: BlockWeights, plan: RotationPlan) -> BlockWeights:
 def rotate_embedding(embedding: Tensor, plan: RotationPlan, rows: int = 4096) -> Tensor:
     """Embedding [V, C], each row rotated; in slices, so that no float64 copy of it exists."""
     return torch.cat(
-        [rotate_residual_rows(part.double(), plan).to(embedding.dtype) for part in embedding.split(rows)]
+        [
+            rotate_residual_rows(part.double(), plan).to(embedding.dtype)
+            for part in embedding.split(rows)
+        ]
     )
 
 
@@ -159,5 +161,8 @@ def rotate_head(head: Tensor, final_norm: Tensor, plan: RotationPlan, rows: int 
     """Head [V, C] with the final norm folded in and its input rotated."""
     norm = final_norm.double()
     return torch.cat(
-        [rotate_residual_rows(part.double() * norm, plan).to(head.dtype) for part in head.split(rows)]
+        [
+            rotate_residual_rows(part.double() * norm, plan).to(head.dtype)
+            for part in head.split(rows)
+        ]
     )

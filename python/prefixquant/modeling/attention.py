@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention function and the mask function that transformers models call under our name.
+
+The prefix is hidden here: its K/V are put in front of the keys inside the attention, at positions
+-P..-1, so prompts keep positions 0.., no cache is seeded, and padding, beams and chunked prefill work
+as in any model.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from prefixquant import ops
+from prefixquant.modeling.cache import KVQuantizer, PackedKV
+
+NAME = "prefixquant"
+
+# Up to this many query tokens the packed cache is read as it is (kv_attention); beyond, unpacking it
+# once and using matrix products is faster.
+_PACKED_QUERY_TOKENS = 16
+
+
+def attention_mask(*args, **kwargs) -> Tensor | None:
+    """`sdpa_mask` that is always spelled out: bool [B, 1, T, S] over the tokens, True = attend. The
+    prefix, which every query may see, is added by `attention`."""
+    kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(*args, **kwargs)
+
+
+def attention(
+    module,
+    query: Tensor,
+    key: Tensor | PackedKV,
+    value: Tensor | PackedKV,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """softmax over [prefix | tokens], K and V as the cache holds them.
+
+    Args:
+        module: a transformers attention with a `KVQuantizer` as ``module.kv_quantizer``.
+        query: [B, H, T, D] after RoPE.
+        key, value: `PackedKV` from a `QuantizedLayer`, or float [B, H_kv, S, D].
+        attention_mask: bool [B, 1, T, S] or None for causal, aligned to the lower right.
+
+    Returns:
+        ([B, T, H, D], None)
+    """
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions: the quantized attention does not return its weights")
+    kv: KVQuantizer = module.kv_quantizer
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query = kv.rotation(query)
+    if kv.bits == 16:
+        return _float_attention(kv, query, kv.rotation(key), value, attention_mask, scaling), None
+    packed = key if isinstance(key, PackedKV) else kv.quantize(key, value)
+    if query.shape[2] <= _PACKED_QUERY_TOKENS:
+        out = ops.kv_attention(
+            query,
+            packed.key,
+            packed.value,
+            kv.k_scale,
+            kv.v_scale,
+            kv.prefix_key,
+            kv.prefix_value,
+            attention_mask,
+            scaling,
+        )
+        return out, None
+    key, value = kv.dequantize(packed, query.dtype)
+    return _float_attention(kv, query, key, value, attention_mask, scaling), None
+
+
+def _float_attention(
+    kv: KVQuantizer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    batch, heads, length, _ = query.shape
+    tokens = key.shape[2]
+    if mask is None:
+        mask = torch.ones(length, tokens, dtype=torch.bool, device=query.device)
+        mask = mask.tril(tokens - length)[None, None]
+    prefix = kv.prefix_length
+    if prefix:
+        key, value = (
+            torch.cat((p.to(t.dtype).expand(batch, -1, -1, -1), t), dim=2)
+            for p, t in ((kv.prefix_key, key), (kv.prefix_value, value))
+        )
+        mask = F.pad(mask, (prefix, 0), value=True)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=heads != key.shape[1]
+    )
+    return out.transpose(1, 2)
+
+
+def register() -> None:
+    """Makes ``attn_implementation="prefixquant"`` known to transformers; safe to call again."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, attention_mask)

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that hold packed weights and static scales; their buffers are what a checkpoint stores."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prefixquant import ops
+from prefixquant.hadamard import hadamard_signs, split_size
+
+
+class FixedDtypeModule(nn.Module):
+    """A module whose buffers keep their dtype: `.to(bfloat16)` moves them and leaves float32 scales
+    as they are. ``compute_dtype`` follows the dtype asked for instead."""
+
+    def __init__(self, compute_dtype: torch.dtype):
+        super().__init__()
+        # Empty: it exists to receive what `.to` does to a floating tensor.
+        self.register_buffer("_dtype", torch.empty(0, dtype=compute_dtype), persistent=False)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self._dtype.dtype
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: b for name, b in self._buffers.items() if b is not None and name != "_dtype"}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+
+def _signs(size: int) -> Tensor | None:
+    _, k = split_size(size)
+    return hadamard_signs(k) if k > 1 else None
+
+
+class Rotation(FixedDtypeModule):
+    """What an online Hadamard of ``size`` needs at run time; size 1 is none."""
+
+    def __init__(self, size: int):
+        super().__init__(torch.float32)
+        self.size = size
+        self.register_buffer("signs", _signs(size), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.size == 1 else ops.hadamard(x, self.signs, self.size)
+
+
+class QuantLinear(FixedDtypeModule):
+    """``y = (q(x) @ W_q.T) * (input_scale * weight_scale) + bias`` on packed weights.
+
+    x is an int8 container [..., K] that was quantized where it was made, or floating [..., K] and
+    is quantized here. With 16-bit activations the weight is dequantized for the product.
+
+    Args:
+        weight: uint8 [N, K/2] packed (4 bits) or int8 [N, K], the checkpoint's layout.
+        weight_scale: float32 [N].
+        input_scale: float32 [] or None for 16-bit activations.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        input_scale: Tensor | None,
+        bias: Tensor | None,
+        *,
+        activation_bits: int,
+        compute_dtype: torch.dtype,
+    ):
+        super().__init__(compute_dtype)
+        self.weight_bits = 4 if weight.dtype == torch.uint8 else 8
+        self.activation_bits = activation_bits
+        self.out_features = weight.shape[0]
+        self.in_features = weight.shape[1] * (2 if self.weight_bits == 4 else 1)
+        if activation_bits < 16:
+            weight = ops.prepack_w4(weight) if self.weight_bits == 4 else ops.prepack_w8(weight)
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("input_scale", input_scale)
+        self.register_buffer("bias", bias)
+        self._gemm = {(4, 4): ops.gemm_w4a4, (4, 8): ops.gemm_w4a8, (8, 8): ops.gemm_w8a8}.get(
+            (self.weight_bits, activation_bits)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._gemm is None:
+            return self._weight_only(x)
+        if x.is_floating_point():
+            x = ops.quantize_static(x, self.input_scale, self.activation_bits)
+        return self._gemm(
+            x, self.weight, self.weight_scale, self.input_scale, self.bias, self.compute_dtype
+        )
+
+    def _weight_only(self, x: Tensor) -> Tensor:
+        # No kernel of its own: correct, and as slow as unpacking the weight for every product.
+        q = ops.unpack_int4(self.weight) if self.weight_bits == 4 else self.weight
+        weight = (q.float() * self.weight_scale[:, None]).to(x.dtype)
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+    def canonical_weight(self) -> Tensor:
+        """The weight in the checkpoint's layout, bit for bit what was loaded."""
+        if self._gemm is None:
+            return self.weight
+        unprepack = ops.unprepack_w4 if self.weight_bits == 4 else ops.unprepack_w8
+        return unprepack(self.weight, self.out_features, self.in_features)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, w{self.weight_bits}a{self.activation_bits}"
+        )
+
+
+class QuantRMSNorm(FixedDtypeModule):
+    """RMSNorm that hands on int8 containers: ``q(x / rms(x) * weight)``."""
+
+    def __init__(self, weight: Tensor, eps: float, scale: Tensor, bits: int):
+        super().__init__(weight.dtype)
+        self.eps = eps
+        self.bits = bits
+        # Folded norms are all ones: then there is nothing to multiply by.
+        self.register_buffer("weight", None if bool((weight == 1).all()) else weight)
+        self.register_buffer("input_scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rmsnorm_quantize(x, self.weight, self.eps, self.input_scale, self.bits)
+
+
+class QuantMLP(nn.Module):
+    """``down_proj(q(R4(silu(gate) * up)))`` with gate and up as one product.
+
+    Args:
+        gate_up: QuantLinear of the stacked rows [gate; up].
+        down: QuantLinear.
+        rotation: R4.
+    """
+
+    def __init__(self, gate_up: QuantLinear, down: QuantLinear, rotation: Rotation):
+        super().__init__()
+        self.gate_up_proj = gate_up
+        self.down_proj = down
+        self.rotation = rotation
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        down = self.down_proj
+        if down.activation_bits == 16:
+            return down(self.rotation(F.silu(gate) * up))
+        inner = ops.swiglu_hadamard_quantize(
+            gate,
+            up,
+            self.rotation.signs,
+            self.rotation.size,
+            down.input_scale,
+            down.activation_bits,
+        )
+        return down(inner)
+
+
+class SixteenBitHead(FixedDtypeModule):
+    """``logits = x @ W.T`` with W [V, C] kept in 16 bits whatever the dtype of x."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__(weight.dtype)
+        self.register_buffer("weight", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
+
+
+class SixteenBitEmbedding(FixedDtypeModule):
+    """Embedding rows kept in 16 bits, handed out in the compute dtype."""
+
+    def __init__(self, weight: Tensor, compute_dtype: torch.dtype):
+        super().__init__(compute_dtype)
+        self.register_buffer("weight", weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight).to(self.compute_dtype)

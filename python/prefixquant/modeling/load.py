@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checkpoint on the disk to a transformers model that runs on packed weights."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from prefixquant.checkpoint import Checkpoint, read_checkpoint
+from prefixquant.config import Scheme
+from prefixquant.errors import UserError
+from prefixquant.modeling import attention
+from prefixquant.modeling.cache import KVQuantizer, QuantizedLayer
+from prefixquant.modeling.linear import (
+    QuantLinear,
+    QuantMLP,
+    QuantRMSNorm,
+    Rotation,
+    SixteenBitEmbedding,
+    SixteenBitHead,
+)
+from prefixquant.roles import POINTS, Roles, model_blocks, model_roles
+
+_POINT_OF = {role: point for point, roles in POINTS.items() for role in roles}
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Loads a checkpoint as a transformers causal LM in eval mode.
+
+    Its linears run the packed kernels, its norms hand on int8, its attention prepends the hidden
+    prefix and reads a quantized cache; `generate`, left-padded batches and beams work as usual. The
+    linear weights never exist in 16 bits.
+
+    Args:
+        path: the checkpoint folder.
+        device: where the model runs.
+        dtype: what flows between the quantized operations; None takes float32 on the CPU and the
+            checkpoint's 16-bit dtype elsewhere.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, incomplete or of another version.
+        UserError: an unknown dtype.
+    """
+    device = torch.device(device)
+    checkpoint = read_checkpoint(path)
+    tensors = checkpoint.tensors
+    stored = tensors["lm_head.weight"].dtype
+    dtype = dtype or (torch.float32 if device.type == "cpu" else stored)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+
+    model = _empty_model(checkpoint, dtype)
+    roles = model_roles(model.config)
+    builder = _Builder(checkpoint, roles, model.config, device, dtype)
+    for index, block in enumerate(model_blocks(model, roles)):
+        builder.fill_block(block, index)
+    builder.fill_ends(model)
+    _install_cache(model, roles)
+    _keep_attention(model)
+    _generation_defaults(model, Path(path))
+    return model.eval()
+
+
+def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    """The transformers model with all its parameters on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    config = checkpoint.hf_config()
+    config.tie_word_embeddings = False
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention.NAME
+        )
+
+
+class _Builder:
+    """Replaces a model's meta modules by ours, one block after the other."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        roles: Roles,
+        config,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.tensors = checkpoint.tensors
+        self.quantization = checkpoint.quantization
+        self.scheme: Scheme = checkpoint.quantization.scheme
+        self.roles = roles
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        # One of each for all blocks: they hold nothing that depends on the block.
+        rotations = self.quantization.rotations
+        head_dim = checkpoint.specs["model.layers.0.self_attn.q_proj.weight_scale"].shape[0]
+        head_dim //= config.num_attention_heads
+        self.r3 = Rotation(head_dim if rotations.r3 else 1).to(device)
+        self.r4 = Rotation(rotations.r4_block_size if rotations.r4 else 1).to(device)
+
+    def tensor(self, name: str) -> Tensor:
+        return self.tensors[name].to(self.device)
+
+    def linear(self, block: str, *linear_roles: str) -> QuantLinear:
+        """One QuantLinear of the rows of one or more linears that share their input."""
+        paths = [f"{block}.{self.roles.linears[role]}" for role in linear_roles]
+        names = [f"{path}.bias" for path in paths]
+        scale = None
+        if self.scheme.activation_bits < 16:
+            point = self.roles.point_scales[_POINT_OF[linear_roles[0]]]
+            scale = self.tensor(f"{block}.{point}")
+        return QuantLinear(
+            torch.cat([self.tensor(f"{path}.weight_packed") for path in paths]),
+            torch.cat([self.tensor(f"{path}.weight_scale") for path in paths]),
+            scale,
+            torch.cat([self.tensor(n) for n in names]) if names[0] in self.tensors else None,
+            activation_bits=self.scheme.activation_bits,
+            compute_dtype=self.dtype,
+        )
+
+    def norm(self, name: str, scale: str | None) -> nn.Module:
+        weight = self.tensor(f"{name}.weight").to(self.dtype)
+        eps = self.config.rms_norm_eps
+        if scale is None or self.scheme.activation_bits == 16:
+            return _float_norm(weight, eps)
+        return QuantRMSNorm(weight, eps, self.tensor(scale), self.scheme.activation_bits)
+
+    def fill_block(self, block: nn.Module, index: int) -> None:
+        roles, name = self.roles, f"{self.roles.blocks}.{index}"
+        for role in ("q", "k", "v", "o"):
+            block.set_submodule(roles.linears[role], self.linear(name, role))
+        block.set_submodule(
+            roles.mlp, QuantMLP(self.linear(name, "gate", "up"), self.linear(name, "down"), self.r4)
+        )
+        for norm, point in ((roles.input_norm, "qkv"), (roles.post_norm, "gate_up")):
+            scale = f"{name}.{roles.point_scales[point]}"
+            block.set_submodule(norm, self.norm(f"{name}.{norm}", scale))
+        self._fill_attention(block.get_submodule(roles.attention), f"{name}.{roles.attention}")
+
+    def _fill_attention(self, module: nn.Module, name: str) -> None:
+        if self.roles.qk_norm:
+            for norm in ("q_norm", "k_norm"):
+                module.set_submodule(norm, self.norm(f"{name}.{norm}", None))
+        bits = self.scheme.kv_bits
+        if self.quantization.prefix_token_ids:
+            prefix = [self.tensor(f"{name}.prefix_{part}") for part in ("key", "value")]
+        else:
+            empty = torch.zeros(
+                self.config.num_key_value_heads, 0, module.head_dim, device=self.device
+            )
+            prefix = [empty, empty]
+        module.kv_quantizer = KVQuantizer(
+            bits,
+            self.tensor(f"{name}.k_scale") if bits < 16 else None,
+            self.tensor(f"{name}.v_scale") if bits < 16 else None,
+            *prefix,
+            self.r3,
+        )
+
+    def fill_ends(self, model: nn.Module) -> None:
+        """Embedding, final norm, head and RoPE."""
+        roles = self.roles
+        embedding = self.tensor(f"{roles.embedding}.weight")
+        model.set_submodule(roles.embedding, SixteenBitEmbedding(embedding, self.dtype))
+        model.set_submodule(roles.final_norm, self.norm(roles.final_norm, None))
+        head = self.tensor(f"{roles.head}.weight")
+        if self.device.type == "cpu":
+            head = head.to(torch.bfloat16)  # CPUs multiply float16 slowly, or not at all
+        model.set_submodule(roles.head, SixteenBitHead(head))
+        decoder = model.get_submodule(roles.decoder)
+        decoder.rotary_emb = type(decoder.rotary_emb)(self.config).to(self.device)
+
+
+def _float_norm(weight: Tensor, eps: float) -> nn.Module:
+    norm = nn.RMSNorm(weight.shape[0], eps=eps, device=weight.device, dtype=weight.dtype)
+    norm.weight = nn.Parameter(weight, requires_grad=False)
+    return norm
+
+
+def _install_cache(model: nn.Module, roles: Roles) -> None:
+    """Every fresh DynamicCache that enters the decoder gets our layers, whoever made it."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    quantizers = [
+        block.get_submodule(roles.attention).kv_quantizer for block in model_blocks(model, roles)
+    ]
+    if quantizers[0].bits == 16:
+        return
+
+    def replace_layers(decoder, args, kwargs):
+        cache = kwargs.get("past_key_values")
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = decoder.config.use_cache
+        if cache is None and use_cache:
+            cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
+        if isinstance(cache, DynamicCache):
+            fresh = all(
+                type(layer) is DynamicLayer and not layer.is_initialized for layer in cache.layers
+            )
+            if fresh:
+                cache.layers = [QuantizedLayer(quantizer) for quantizer in quantizers]
+        return args, kwargs
+
+    decoder = model.get_submodule(roles.decoder)
+    decoder.register_forward_pre_hook(replace_layers, with_kwargs=True)
+
+
+def _keep_attention(model: nn.Module) -> None:
+    """Another attention implementation would silently drop the prefix: refuse to run with one."""
+
+    def check(module, args):
+        if module.config._attn_implementation != attention.NAME:
+            raise ValueError(
+                f"attn_implementation: expected {attention.NAME!r} (it holds the prefix), "
+                f"got {module.config._attn_implementation!r}"
+            )
+
+    model.register_forward_pre_hook(check)
+
+
+def _generation_defaults(model: nn.Module, path: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+
+
+def linear_weight_bytes(model: nn.Module) -> int:
+    """Bytes that the packed linears of a loaded model hold in memory: weights, scales and biases."""
+    linears = (m for m in model.modules() if isinstance(m, QuantLinear))
+    return sum(b.numel() * b.element_size() for linear in linears for b in linear.buffers())

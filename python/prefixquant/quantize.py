@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a float model to the tensors of a checkpoint: the whole method in the order it runs."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefixquant import __version__, ops
+from prefixquant.block import PrefixKV
+from prefixquant.calibrate import CalibratedBlock, Streams, calibrate_block
+from prefixquant.config import QuantizationConfig, RecipeConfig
+from prefixquant.decoder import FloatDecoder
+from prefixquant.errors import UnsupportedModelError
+from prefixquant.prefix import PrefixSearch, prefix_texts, search_prefix
+from prefixquant.progress import SILENT, Progress
+from prefixquant.roles import model_geometry, model_roles
+from prefixquant.rotate import plan_rotations
+from prefixquant.text import sample_windows
+
+
+@dataclass
+class QuantizedModel:
+    """The tensors of a checkpoint, its description, and how they came about."""
+
+    tensors: dict[str, Tensor]
+    quantization: QuantizationConfig
+    report: dict[str, Any]
+
+
+@torch.no_grad()
+def quantize(
+    model: nn.Module,
+    tokenizer,
+    recipe: RecipeConfig,
+    calibration: Tensor,
+    progress: Progress = SILENT,
+    search: PrefixSearch | None = None,
+) -> QuantizedModel:
+    """Quantizes a causal LM to static ``recipe.scheme``; ``model`` is not changed.
+
+    Scan and prefix on ``nsamples`` windows of ``seqlen`` tokens, then block by block rotation, scale
+    search and integer weights on ``search_samples`` windows of ``search_seqlen``. Beside the model
+    there is one block and its activations in memory, and the quantized tensors.
+
+    Args:
+        model: a transformers model of a supported family, on the device to work on.
+        calibration: int64 [n] token stream.
+        search: the result of an earlier `search_prefix` on the same model, to not repeat it.
+
+    Raises:
+        UnsupportedModelError: architecture or sizes that cannot be quantized.
+        UserError: too little calibration text, or a wrong recipe.
+    """
+    model_roles(model.config)
+    geometry = model_geometry(model.config)
+    _check_sizes(geometry)
+    plan = plan_rotations(
+        geometry, rotate=recipe.rotate, r4_block_size=recipe.r4_block_size, seed=recipe.seed
+    )
+    scan_samples = sample_windows(calibration, recipe.nsamples, recipe.seqlen, recipe.seed)
+    search_samples = sample_windows(
+        calibration, recipe.search_samples, recipe.search_seqlen, recipe.seed
+    )
+    device = next(model.parameters()).device
+    seconds: dict[str, float] = {}
+
+    start = time.monotonic()
+    if search is None:
+        search = search_prefix(
+            model,
+            tokenizer,
+            scan_samples,
+            mode=recipe.prefix,
+            eta=recipe.eta,
+            progress=progress,
+        )
+    seconds["prefix_search"] = time.monotonic() - start
+
+    start = time.monotonic()
+    decoder = FloatDecoder(model, plan, device=device)
+    packer = _Packer(decoder, _storage_dtype(model), recipe)
+    prefix = decoder.prefix(search.prefix)
+    embedded = decoder.embed(search_samples)
+    streams = Streams(embedded, embedded.clone())
+    rope = decoder.rope(recipe.search_seqlen)
+    blocks = []
+    with progress.stage("quantize blocks", total=len(decoder)) as advance:
+        for index in range(len(decoder)):
+            calibrated = calibrate_block(
+                decoder.block(index), decoder.shape, recipe.scheme, rope, prefix[index], streams
+            )
+            packer.add_block(index, calibrated, prefix[index])
+            blocks.append(_block_report(index, calibrated))
+            advance()
+    packer.add_ends()
+    seconds["quantize_blocks"] = time.monotonic() - start
+
+    quantization = QuantizationConfig(
+        weight_bits=recipe.scheme.weight_bits,
+        activation_bits=recipe.scheme.activation_bits,
+        kv_bits=recipe.scheme.kv_bits,
+        rotations=plan.rotations,
+        prefix_token_ids=search.prefix,
+        prefix_text=tuple(prefix_texts(tokenizer, search.prefix)),
+        prefix_mode=recipe.prefix,
+        solver=recipe.solver,
+        producer=f"prefixquant {__version__}",
+    )
+    report = {"prefix": search.to_dict(tokenizer), "blocks": blocks, "stage_seconds": seconds}
+    return QuantizedModel(packer.tensors, quantization, report)
+
+
+def _check_sizes(geometry) -> None:
+    """4-bit packing takes pairs: every input size must be even."""
+    for name in ("hidden", "intermediate", "head_dim"):
+        if getattr(geometry, name) % 2:
+            raise UnsupportedModelError(
+                f"{name} size: expected an even number, got {getattr(geometry, name)}"
+            )
+
+
+def _storage_dtype(model: nn.Module) -> torch.dtype:
+    """The 16-bit dtype of the tensors that are not quantized: the model's own, float16 otherwise."""
+    dtype = next(model.parameters()).dtype
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
+
+
+def _block_report(index: int, block: CalibratedBlock) -> dict[str, Any]:
+    scales = block.scales
+    report = {"block": index, "relative_error": block.relative_error}
+    report |= {f"{point}_scale": scale.item() for point, scale in scales.activations.items()}
+    for name in ("k", "v"):
+        scale = getattr(scales, name)
+        if scale is not None:
+            report[f"{name}_scale"] = scale.tolist()
+    return report
+
+
+class _Packer:
+    """Collects checkpoint tensors under their names (docs/checkpoint-format.md), on the CPU."""
+
+    def __init__(self, decoder: FloatDecoder, dtype: torch.dtype, recipe: RecipeConfig):
+        self.decoder = decoder
+        self.roles = decoder.roles
+        self.dtype = dtype
+        self.recipe = recipe
+        self.tensors: dict[str, Tensor] = {}
+
+    def put(self, name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> None:
+        self.tensors[name] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+
+    def add_block(self, index: int, block: CalibratedBlock, prefix: PrefixKV) -> None:
+        name, roles = f"{self.roles.blocks}.{index}", self.roles
+        for role, path in roles.linears.items():
+            solved = block.weights[role]
+            q = solved.q.cpu()
+            packed = ops.pack_int4(q) if solved.bits == 4 else q
+            self.put(f"{name}.{path}.weight_packed", packed)
+            self.put(f"{name}.{path}.weight_scale", solved.scale, torch.float32)
+            bias = block.simulated.biases[role]
+            if bias is not None:
+                self.put(f"{name}.{path}.bias", bias, torch.float32)
+        for point, scale in block.scales.activations.items():
+            self.put(f"{name}.{roles.point_scales[point]}", scale, torch.float32)
+        attention = f"{name}.{roles.attention}"
+        for part in ("k", "v"):
+            scale = getattr(block.scales, part)
+            if scale is not None:
+                self.put(f"{attention}.{part}_scale", scale, torch.float32)
+        if prefix.length:
+            self.put(f"{attention}.prefix_key", prefix.key, self.dtype)
+            self.put(f"{attention}.prefix_value", prefix.value, self.dtype)
+        self.put(f"{name}.{roles.input_norm}.weight", block.simulated.input_norm, self.dtype)
+        self.put(f"{name}.{roles.post_norm}.weight", block.simulated.post_norm, self.dtype)
+        if roles.qk_norm:
+            self.put(f"{attention}.q_norm.weight", block.simulated.q_norm, self.dtype)
+            self.put(f"{attention}.k_norm.weight", block.simulated.k_norm, self.dtype)
+
+    def add_ends(self) -> None:
+        roles, decoder = self.roles, self.decoder
+        self.put(f"{roles.embedding}.weight", decoder.embedding_weight(), self.dtype)
+        self.put(f"{roles.head}.weight", decoder.head_weight(), self.dtype)
+        ones = torch.ones(decoder.geometry.hidden)  # folded into the head
+        self.put(f"{roles.final_norm}.weight", ones, self.dtype)
