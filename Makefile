@@ -50,7 +50,7 @@ format: $(VENV)/lint-tools
 
 # The way a user builds it: an isolated build that fetches the CUTLASS headers as a build requirement;
 # then the extension is imported, because it must load where there is no driver.
-cuda: $(VENV)/dependencies
+cuda: $(VENV)/installed
 	PREFIXQUANT_CUDA=ON CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHS)" \
 	  CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/python -m pip wheel --no-deps \
 	  --config-settings=build-dir=build/cuda --wheel-dir build/cuda-wheel .
@@ -68,13 +68,10 @@ $(VENV)/python:
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	touch $@
 
-$(VENV)/dependencies: $(VENV)/python pyproject.toml
+# A local package is always rebuilt; its build folder is kept, so after the first time this compiles
+# only what changed.
+$(VENV)/installed: $(VENV)/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet ".[gguf]" --group test
-	touch $@
-
-# After the first time only the package itself: the C++ build folder is kept, so this takes seconds.
-$(VENV)/installed: $(VENV)/dependencies $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall .
 	touch $@
 
 $(VENV)/lint-tools: $(VENV)/python pyproject.toml
