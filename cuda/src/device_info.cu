@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include "prefixquant/check.h"
+
 namespace prefixquant {
 
 int cuda_device_count() {
@@ -13,6 +15,14 @@ int cuda_device_count() {
     return 0;
   }
   return count;
+}
+
+DeviceInfo cuda_device_info(int device) {
+  int sm_count = 0, major = 0, minor = 0;
+  PQ_CUDA_CHECK(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device));
+  PQ_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  PQ_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  return {sm_count, 10 * major + minor};
 }
 
 }  // namespace prefixquant

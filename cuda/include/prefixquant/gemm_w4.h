@@ -68,11 +68,11 @@ inline constexpr size_t kGemmW4CounterBytes = 16384;
 
 // The kernel families. All of them read the prepacked layout of layout_w4.h.
 enum class GemmW4Kernel : int {
-  kGemv,        // CUDA cores, M = 1 .. a few                          gemv_w4.cuh
-  kMmaSkinny,   // mma.m16n8k32 s8, weights as A operand, M = 1 .. 64  gemm_w4_mma.cuh
-  kMmaTiled,    // mma.m16n8k32 s8, any M, any arch >= sm_80           gemm_w4_mma.cuh
+  kGemv,        // mma.m16n8k32 s8, weights as A operand, M = 1 .. 8   gemm_w4_mma.cuh
+  kMmaSkinny,   // the same, M = 9 .. 64                               gemm_w4_mma.cuh
+  kMmaTiled,    // the same, any M, any arch >= sm_80                  gemm_w4_mma.cuh
   kWgmmaSm90,   // wgmma m64nNk32 s8, sm_90a                           gemm_w4_sm90.cuh
-  kMmaInt4Sm80  // mma s4 (sm_80, sm_86, sm_89; W4A4 only)             gemm_w4_sm80.cuh
+  kMmaInt4Sm80  // mma.m16n8k64 s4 (sm_80, sm_86, sm_89; W4A4 only)    gemm_w4_mma.cuh
 };
 
 struct GemmW4Shape {
@@ -80,6 +80,7 @@ struct GemmW4Shape {
   int n = 0;
   int k = 0;
   int weight_bits = 4;
+  int activation_bits = 8;  // 4 promises values in [-8, 7] (still in int8 containers)
 };
 
 // A launch configuration: plain data, chosen by a pure function, printable.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantized operations, each registered as ``torch.ops.prefixquant.<name>``."""
 
+from prefixquant import _C
 from prefixquant.ops.gemm import (
     gemm_w4a4,
     gemm_w4a8,
@@ -10,6 +11,7 @@ from prefixquant.ops.gemm import (
     unprepack_w4,
     unprepack_w8,
 )
+from prefixquant.ops.gemm_fused import gemm_fused
 from prefixquant.ops.hadamard import hadamard, hadamard_quantize, swiglu_hadamard_quantize
 from prefixquant.ops.kv_attention import kv_attention
 from prefixquant.ops.kv_quant import kv_append, kv_dequantize, kv_quantize
@@ -19,6 +21,7 @@ from prefixquant.ops.quantize import quantize_static
 from prefixquant.ops.rmsnorm_quant import rmsnorm_quantize
 
 __all__ = [
+    "gemm_fused",
     "gemm_w4a4",
     "gemm_w4a8",
     "gemm_w8a8",
@@ -39,3 +42,6 @@ __all__ = [
     "unprepack_w4",
     "unprepack_w8",
 ]
+
+if _C.with_cuda:
+    from prefixquant.ops import gemm_cuda as _gemm_cuda  # noqa: F401
