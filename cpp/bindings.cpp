@@ -9,10 +9,15 @@ namespace py = pybind11;
 namespace pq = prefixquant;
 using py::arg;
 
+#ifdef PREFIXQUANT_WITH_CUDA
+void bind_cuda(py::module_& m);  // bindings_cuda.cpp
+#endif
+
 PYBIND11_MODULE(_C, m) {
   m.attr("__version__") = PREFIXQUANT_VERSION;
 #ifdef PREFIXQUANT_WITH_CUDA
   m.attr("with_cuda") = true;
+  bind_cuda(m);
 #else
   m.attr("with_cuda") = false;
 #endif
