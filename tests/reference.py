@@ -132,3 +132,33 @@ def kv_quantize(
 def kv_dequantize(q: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     values = unpack_int4(q) if bits == 4 else q
     return (values.float() * scale[:, None, None]).to(dtype)
+
+
+# ---- GEMM ----
+
+
+def gemm_sums(x: Tensor, weight: Tensor) -> Tensor:
+    """int32 sums of int8 [M, K] times int8 [N, K]; every partial sum fits float64's 53 bits."""
+    return (x.double() @ weight.double().T).to(torch.int32)
+
+
+def gemm(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """x int8 [M, K], weight int8 [N, K] (int4 weights unpacked)."""
+    sums = gemm_sums(x, weight)
+    if out_dtype == torch.int32:
+        return sums
+    y = sums.float() * (input_scale * weight_scale)
+    return (y if bias is None else y + bias.float()).to(out_dtype)
+
+
+def swiglu_interleaved(y: Tensor) -> Tensor:
+    """Columns (gate 0, up 0, gate 1, ..); computed in float64, rounded to y's dtype once."""
+    gate, up = y[:, ::2].double(), y[:, 1::2].double()
+    return (gate / (1.0 + torch.exp(-gate)) * up).to(y.dtype)

@@ -113,6 +113,8 @@ def launch_gemm(  # noqa: PLR0913
     config: list[int] | None = None,
 ) -> Tensor:
     """One launch of the CUDA GEMM on x int8 [M, K]; ``config`` overrides the chosen kernel."""
+    if x.device.type != "cuda":
+        raise ValueError(f"gemm_w{bits[0]}: x: expected a tensor on a CUDA device, got {x.device}")
     channels = weight_scale.shape[0] if weight_scale.dim() else 0
     tokens, width = x.shape if x.dim() == 2 else (0, 0)
     y = x.new_empty(
