@@ -13,7 +13,8 @@ from prefixquant.cli import app
 from tiny_model import save_tiny_llama
 from typer.testing import CliRunner
 
-SMALL = ["--nsamples", "4", "--seqlen", "32"]
+SCAN = ["--nsamples", "4", "--seqlen", "32"]
+SMALL = [*SCAN, "--search-samples", "2", "--search-seqlen", "32"]
 
 
 @pytest.fixture(scope="session")
@@ -121,10 +122,12 @@ def test_generate(checkpoint, model_folder):
 
 
 def test_scan(model_folder):
-    result = run("scan", model_folder, *SMALL, "--json")
+    result = run("scan", model_folder, *SCAN, "--json")
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)
-    assert run("scan", model_folder, *SMALL).exit_code == 0
+    report = json.loads(result.stdout)
+    assert [step["prefix"] for step in report["steps"]][:2] == [[], [0]]
+    assert report["steps"][0]["float_perplexity"] > 1
+    assert "verified prefix: '<s>'" in run("scan", model_folder, *SCAN).stdout
 
 
 def test_dry_run_writes_nothing(model_folder, tmp_path):
@@ -277,7 +280,7 @@ def test_empty_or_short_text(model_folder, checkpoint, tmp_path, content, words)
     out = tmp_path / "out"
     for arguments in (
         ["quantize", model_folder, "-o", out, *SMALL, "--calib", text],
-        ["scan", model_folder, *SMALL, "--calib", text],
+        ["scan", model_folder, *SCAN, "--calib", text],
         ["eval", checkpoint, "--text", text],
     ):
         assert_one_line_error(run(*arguments), *words)

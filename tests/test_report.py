@@ -12,6 +12,7 @@ import pytest
 import torch
 from prefixquant.config import QuantizationConfig, RecipeConfig, Rotations
 from prefixquant.report import (
+    describe_search,
     format_bytes,
     model_card,
     plain,
@@ -37,18 +38,28 @@ QUANTIZATION = QuantizationConfig(
 )
 
 
+STEP = {
+    "float_perplexity": 14.125,
+    "outlier_tokens": 12,
+    "most_frequent": [{"token": 3, "text": " the", "count": 9}],
+}
+
+
 def report(**details):
     return quantize_report(
         {
             "prefix": {
                 "steps": [
-                    {"text": "none", "max_ratio": [3.0, 2450.5, math.nan], "remaining": 1},
-                    {"text": "<s>", "max_ratio": [3.0, 21.5, 2.0], "remaining": 0},
+                    {"text": [], "max_ratio": [3.0, 2450.5, math.nan], **STEP},
+                    {"text": ["<s>"], "max_ratio": [3.0, 21.5, 2.0], **STEP},
                 ],
-                "float_ppl": {"none": 14.12, "bos": 13.9},
+                "bos_source": "bos_token_id of the tokenizer",
             },
-            "blocks": [{"block": i, "output_error": 10.0**-i, "seconds": 1.5} for i in range(3)],
-            "scales": {"model.layers.0.mlp.input_scale": torch.tensor(0.25)},
+            "blocks": [
+                {"block": i, "relative_error": 10.0**-i, "qkv_scale": 1.5, "k_scale": [0.1, 0.2]}
+                for i in range(3)
+            ],
+            "stage_seconds": {"prefix_search": torch.tensor(0.25)},
             **details,
         },
         RecipeConfig(),
@@ -63,7 +74,7 @@ def report(**details):
 def test_report_is_strict_json():
     data = json.loads(report_json(report()))
     assert data["prefix"]["steps"][0]["max_ratio"] == [3.0, 2450.5, None]
-    assert data["scales"] == {"model.layers.0.mlp.input_scale": 0.25}
+    assert data["stage_seconds"] == {"prefix_search": 0.25}
     assert data["recipe"]["scheme"] == "w4a4kv4"
     assert data["command_line"] == "prefixquant quantize 'a b'"
     assert data["peak_memory_bytes"]["host"] > 10**7
@@ -89,7 +100,7 @@ def test_page_is_self_contained_and_escaped():
 
 def test_page_without_details():
     bare = report()
-    for key in ("prefix", "blocks", "scales"):
+    for key in ("prefix", "blocks", "stage_seconds"):
         del bare[key]
     assert "<svg" not in render_html(bare)
 
@@ -129,6 +140,15 @@ def test_replace_files_is_atomic(tmp_path):
     replace_files(tmp_path, {"a.json": "new", "b": "x"})
     assert (tmp_path / "a.json").read_text() == "new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "b"]
+
+
+def test_search_as_text():
+    lines = describe_search(plain(report()["prefix"])).splitlines()
+    assert [line.split() for line in lines] == [
+        ["prefix", "outlier", "tokens", "largest", "ratio", "float", "perplexity"],
+        ["none", "12", "2450.5", "14.125"],
+        ["'<s>'", "12", "21.5", "14.125"],
+    ]
 
 
 def test_text_helpers():

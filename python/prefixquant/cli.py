@@ -88,8 +88,10 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
         str, typer.Option(help=f"{', '.join(PREFIX_MODES)}, or text:... for tokens of your own.")
     ] = "verified",
     calib: Text = "pydoc",
-    nsamples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
-    seqlen: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 512,
+    nsamples: Annotated[int, typer.Option(help="Windows scanned for outlier tokens.")] = 64,
+    seqlen: Annotated[int, typer.Option(help="Tokens of such a window.")] = 512,
+    search_samples: Annotated[int, typer.Option(help="Windows the scales are fitted on.")] = 8,
+    search_seqlen: Annotated[int, typer.Option(help="Tokens of such a window.")] = 1024,
     eta: Annotated[float, typer.Option(help="Outlier token: abs-max above eta medians.")] = 64.0,
     r4_block_size: Annotated[
         int, typer.Option(help="Block of the Hadamard before down_proj; 0: one for the whole.")
@@ -118,6 +120,8 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
         eta=eta,
         nsamples=nsamples,
         seqlen=seqlen,
+        search_samples=search_samples,
+        search_seqlen=search_seqlen,
         r4_block_size=r4_block_size,
         seed=seed,
     )
@@ -299,9 +303,7 @@ def scan(
         float_model, tokenizer = load_float_model(model)
         float_model.to(where)
     samples = texts.sample_windows(calibration_tokens(content, tokenizer), nsamples, seqlen, seed)
-    with progress.stage("scan"):
-        report = run_scan(float_model, tokenizer, samples, eta)
-    _result(report, as_json, describe_scan)
+    _result(run_scan(float_model, tokenizer, samples, eta, progress), as_json, describe_scan)
 
 
 @app.command()

@@ -4,6 +4,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from prefixquant.errors import UnsupportedModelError, UserError
 from prefixquant.roles import model_roles
@@ -64,7 +65,7 @@ def load_float_model(source: str, dtype: torch.dtype | None = None):
     """Loads a full-precision causal LM on the CPU and its tokenizer.
 
     Args:
-        source: a folder with config.json and weights, a ``.gguf`` file (dequantized), or a hub name.
+        source: a folder with config.json and weights, a ``.gguf`` file, or a hub name.
         dtype: the dtype of the weights; None keeps the checkpoint's (float16 for GGUF).
 
     Returns:
@@ -95,7 +96,7 @@ def load_float_model(source: str, dtype: torch.dtype | None = None):
         model = AutoModelForCausalLM.from_pretrained(**arguments, dtype=dtype or "auto")
     except (UserError, UnsupportedModelError):
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{source}: cannot load the model: {_first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)

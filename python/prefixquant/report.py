@@ -250,6 +250,7 @@ def describe_quantize(report: Mapping[str, Any], output: Path) -> str:
     from prefixquant.progress import format_seconds
 
     lines = [
+        describe_search(report["prefix"]),
         f"prefix: {describe_prefix(report['quantization'])}",
         f"time: {format_seconds(report['seconds'])}, peak memory: "
         + ", ".join(f"{format_bytes(v)} {k}" for k, v in report["peak_memory_bytes"].items()),
@@ -272,8 +273,33 @@ def describe_evaluation(report: Mapping[str, Any]) -> str:
     )
 
 
+def describe_search(search: Mapping[str, Any]) -> str:
+    """The steps of the prefix search: what each prefix leaves, and what it does to the model."""
+    rows = [["prefix", "outlier tokens", "largest ratio", "float perplexity"]]
+    for step in search["steps"]:
+        ratios = [r for r in step["max_ratio"] if r is not None]
+        rows.append(
+            [
+                prefix_name(step["text"]),
+                str(step["outlier_tokens"]),
+                f"{max(ratios):.1f}" if ratios else "",
+                f"{step['float_perplexity']:.3f}",
+            ]
+        )
+    return table(rows)
+
+
+def prefix_name(texts: Sequence[str]) -> str:
+    return " ".join(repr(text) for text in texts) or "none"
+
+
 def describe_scan(report: Mapping[str, Any]) -> str:
-    return report_json(report).rstrip()
+    count, length = report["samples"]
+    return (
+        f"{describe_search(report)}\n"
+        f"verified prefix: {prefix_name(report['text'])} (BOS from {report['bos_source']})\n"
+        f"{count} windows of {length} tokens; an outlier token exceeds {report['eta']:g} medians"
+    )
 
 
 def model_card(

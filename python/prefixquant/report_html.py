@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefixquant.progress import format_seconds
-from prefixquant.report import describe_prefix, format_bytes, plain
+from prefixquant.report import describe_prefix, format_bytes, plain, prefix_name
 
 _WIDTH, _HEIGHT = 720, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 40
@@ -215,12 +215,8 @@ def _summary(report: Mapping[str, Any]) -> str:
 
 def _prefix_section(prefix: Mapping[str, Any], eta: float) -> str:
     """The search step by step, with each block's largest token maximum at every step."""
-    steps = prefix.get("steps", [])
-    curves = {
-        f"prefix {step.get('text', step.get('prefix'))}": step["max_ratio"]
-        for step in steps
-        if step.get("max_ratio")
-    }
+    steps = prefix["steps"]
+    curves = {f"prefix {prefix_name(step['text'])}": step["max_ratio"] for step in steps}
     content = []
     if curves:
         content.append(

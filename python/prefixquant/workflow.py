@@ -69,7 +69,7 @@ def load_any(
     return model.to(device), tokenizer
 
 
-def quantize_and_save(
+def quantize_and_save(  # noqa: PLR0913
     float_model: Any,
     tokenizer: Any,
     recipe: RecipeConfig,
@@ -77,6 +77,7 @@ def quantize_and_save(
     output: Path,
     *,
     origin: Origin,
+    search: Any = None,
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
@@ -84,6 +85,7 @@ def quantize_and_save(
 
     Args:
         calibration: int64 [n], the token stream to calibrate on.
+        search: the `PrefixSearch` of an earlier run on the same model, to not repeat it.
 
     Returns:
         The report, as in report.json.
@@ -91,7 +93,7 @@ def quantize_and_save(
     from prefixquant.quantize import quantize
 
     start = time.monotonic()
-    result = quantize(float_model, tokenizer, recipe, calibration, progress)
+    result = quantize(float_model, tokenizer, recipe, calibration, progress, search)
     report = quantize_report(
         result.report,
         recipe,
