@@ -53,8 +53,9 @@ class PrefixKV:
         return self.key.shape[1]
 
 
-# Called with the name of a point ("qkv", "o", "gate_up", "down", "mlp", "q", "k", "v") and the tensor
-# there, before quantization. "mlp" is the down_proj input before R4, where outlier tokens are defined.
+# Called with the name of a point ("qkv", "o", "gate_up", "down", "mlp", "q", "k", "v") and the
+# tensor there, before quantization. "mlp" is the down_proj input before R4, where outliers are
+# defined.
 Tap = Callable[[str, Tensor], None]
 
 
@@ -107,7 +108,10 @@ def project_qkv(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, prefix: PrefixKV | None) -> Tensor:
-    """Causal attention over [prefix | tokens]: q [B, H, T, D], k, v [B, H_kv, T, D] -> [B, T, H*D]."""
+    """Causal attention over [prefix | tokens].
+
+    q [B, H, T, D], k and v [B, H_kv, T, D] -> [B, T, H*D].
+    """
     batch, heads, length, _ = q.shape
     mask = None
     if prefix is not None and prefix.length:

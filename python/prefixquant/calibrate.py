@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Static scales and integer weights of one block, found on calibration data with the prefix in place.
+"""Static scales and integer weights of one block, found on data with the prefix in place.
 
 The block is quantized from its input to its output. At each activation point the scale is searched
 first (on the float weights that read it), then those weights are solved on the *quantized* inputs,
@@ -39,6 +39,9 @@ _FINE = tuple(0.01 * k for k in range(-4, 5))
 _HEAD_RATIOS = tuple(0.3 + 0.025 * k for k in range(29))  # 0.3 .. 1.0
 # Multipliers tried on each scale by the refinement.
 _REFINE = (0.8, 0.87, 0.94, 1.06, 1.14, 1.25)
+# Samples it looks at. SmolLM2-135M, W4A4KV4: perplexity 34.8 without refinement, 33.3 with 2 samples,
+# 33.4 with 8; W4A8KV4: 20.02 without, 20.04 with, so 8-bit activations are left alone.
+_REFINE_SAMPLES = 2
 _SEARCH_TOKENS = 2048  # tokens an activation search looks at, evenly spaced over the samples
 
 
@@ -240,7 +243,6 @@ def calibrate_block(
     rope: tuple[Tensor, Tensor],
     prefix: PrefixKV,
     streams: Streams,
-    refine_samples: int = 2,
 ) -> CalibratedBlock:
     """Quantizes one block and advances both streams through it, in place.
 
@@ -249,14 +251,14 @@ def calibrate_block(
         rope: cos, sin [T, D] of positions 0..T-1.
         prefix: K/V of the prefix in this block, never quantized.
         streams: inputs [n, T, C]; on return the block's outputs.
-        refine_samples: samples of the output-error refinement; 0 skips it.
     """
     for (part,) in _batches(streams.floating):
         part.copy_(block_forward(block, shape, part, rope, prefix))
     quantizer = _BlockQuantizer(block, shape, scheme, rope, prefix)
     quantizer.run(streams.quantized)
-    if refine_samples:
-        quantizer.refine(streams.quantized[:refine_samples], streams.floating[:refine_samples])
+    if scheme.activation_bits == 4:
+        few = slice(_REFINE_SAMPLES)
+        quantizer.refine(streams.quantized[few], streams.floating[few])
     streams.quantized.copy_(quantizer.output(streams.quantized))
     error = (streams.quantized - streams.floating).square().sum()
     return CalibratedBlock(

@@ -190,7 +190,8 @@ class RecipeConfig:
             raise UserError(f"solver: expected one of {', '.join(SOLVERS)}, got {self.solver!r}")
         if self.prefix not in PREFIX_MODES and not self.prefix.startswith("text:"):
             raise UserError(
-                f"prefix: expected one of {', '.join(PREFIX_MODES)} or text:..., got {self.prefix!r}"
+                f"prefix: expected one of {', '.join(PREFIX_MODES)} or text:..., "
+                f"got {self.prefix!r}"
             )
         if not self.eta > 1:
             raise UserError(f"eta: expected a number above 1, got {self.eta}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transformers model seen as embedding, rotated blocks and head, one block in memory at a time."""
+"""A transformers model as embedding, rotated blocks and head, one block in memory at a time."""
 
 from collections.abc import Iterator
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors that are the user's to mend; the command line prints them in one line and exits with 2."""
+"""The errors that are the user's to mend: the command line prints one line and exits with 2."""
 
 
 class UserError(ValueError):

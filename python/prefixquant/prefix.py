@@ -7,10 +7,10 @@ the only ones: the rest of the sequence has none.
 
 Two ways to choose them:
 
-- *paper*: o = ceil(max over blocks of the mean number of outlier tokens a sample), and the prefix is
-  the o most frequent outlier tokens (position 0 not counted), then BOS.
-- *verified* (the default): start from BOS alone and scan again with the prefix in place; add the most
-  frequent outlier token while any remain. What remains at every step is reported.
+- *paper*: o = ceil(max over blocks of the mean number of outlier tokens a sample), and the prefix
+  is the o most frequent outlier tokens (position 0 not counted), then BOS.
+- *verified* (the default): start from BOS alone and scan again with the prefix in place; add the
+  most frequent outlier token while any remain. What remains at every step is reported.
 """
 
 import math
@@ -109,7 +109,7 @@ def initial_token(model: nn.Module, tokenizer) -> tuple[int, str]:
 
 
 def _scan_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
-    """bfloat16 where it is fast: an outlier is 64 medians, a bfloat16 product errs by 0.4 percent."""
+    """bfloat16 where it is fast: an outlier is 64 medians, a bfloat16 value errs by 0.4 percent."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     return torch.bfloat16 if device.type != "cpu" or supported() else torch.float32
 
@@ -150,14 +150,14 @@ class OutlierScanner:
 
         text = f"scan with {len(prefix)} prefix tokens"
         with self.progress.stage(text, total=len(self.decoder)) as advance:
-            x = None
             kv = self.decoder.prefix(prefix)
             for _, x in self.decoder.run(self.samples, kv, tap=tap):
+                stream = x
                 result.max_ratio.append(current["max_ratio"])
                 result.outliers.append(current["outliers"])
                 current.update(max_ratio=0.0, outliers=0, row=0)
                 advance()
-        result.perplexity = self._perplexity(x)
+        result.perplexity = self._perplexity(stream)
         return result
 
     def _perplexity(self, x: Tensor) -> float:

@@ -41,9 +41,9 @@ def quantize(
 ) -> QuantizedModel:
     """Quantizes a causal LM to static ``recipe.scheme``; ``model`` is not changed.
 
-    Scan and prefix on ``nsamples`` windows of ``seqlen`` tokens, then block by block rotation, scale
-    search and integer weights on ``search_samples`` windows of ``search_seqlen``. Beside the model
-    there is one block and its activations in memory, and the quantized tensors.
+    Scan and prefix on ``nsamples`` windows of ``seqlen`` tokens, then block by block rotation,
+    scale search and integer weights on ``search_samples`` windows of ``search_seqlen``. Beside the
+    model there is one block and its activations in memory, and the quantized tensors.
 
     Args:
         model: a transformers model of a supported family, on the device to work on.
@@ -123,7 +123,7 @@ def _check_sizes(geometry) -> None:
 
 
 def _storage_dtype(model: nn.Module) -> torch.dtype:
-    """The 16-bit dtype of the tensors that are not quantized: the model's own, float16 otherwise."""
+    """The 16-bit dtype of what is not quantized: the model's own, float16 otherwise."""
     dtype = next(model.parameters()).dtype
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
 

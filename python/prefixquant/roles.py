@@ -140,7 +140,7 @@ def model_geometry(config) -> Geometry:
 
 @dataclass
 class BlockWeights:
-    """The float weights of one block: W [N, K] and bias [N] or None per linear, norms [C] or [D]."""
+    """The float weights of one block: W [N, K], bias [N] or None per linear, norms [C] or [D]."""
 
     weights: dict[str, Tensor]
     biases: dict[str, Tensor | None]
@@ -186,7 +186,7 @@ def model_blocks(model: nn.Module, roles: Roles) -> nn.ModuleList:
 
 
 def rope_tables(model: nn.Module, roles: Roles, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [T, D], of the model's own RoPE at ``positions`` [T] (may be negative)."""
+    """cos and sin, float32 [T, D], of the model's own RoPE at ``positions`` [T], also negative."""
     rotary = model.get_submodule(roles.decoder).rotary_emb
     probe = torch.zeros(1, dtype=torch.float32, device=positions.device)  # gives device and dtype
     cos, sin = rotary(probe, positions[None])

@@ -3,8 +3,8 @@
 
 With H_n the orthonormal Hadamard matrix of `prefixquant.hadamard` and S a diagonal of random signs:
 
-- R1, residual stream: ``x' = H S x``. Embedding rows and the inputs of q, k, v, gate, up and the head
-  are multiplied by it; the outputs of o and down too.
+- R1, residual stream: ``x' = H S x``. Embedding rows and the inputs of q, k, v, gate, up and the
+  head are multiplied by it; the outputs of o and down too.
 - R2, each value head: ``v' = H v``; the output of v_proj and the input of o_proj.
 - R3, q and k after RoPE: ``H q``, ``H k``, at run time.
 - R4, input of down_proj: ``H d`` in blocks, at run time; its inverse is folded into down_proj here.
@@ -26,14 +26,14 @@ from prefixquant.roles import BlockWeights, Geometry
 
 @lru_cache(maxsize=64)
 def _factors(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The Kronecker factors of H_n = H_k (x) H_2^m: [k, k] with the 1/sqrt(n), [2^m, 2^m] of signs."""
+    """The factors of H_n = H_k (x) H_2^m: [k, k] with the 1/sqrt(n), [2^m, 2^m] of signs."""
     power, k = split_size(n)
     outer = hadamard_signs(k).to(device=device, dtype=dtype) / n**0.5
     return outer, hadamard_signs(power).to(device=device, dtype=dtype)
 
 
 def rotate_last_dim(x: Tensor, size: int) -> Tensor:
-    """``H x`` on each block of ``size`` of the last dimension, in the dtype of x; 1 changes nothing.
+    """``H x`` on each block of ``size`` of the last dimension, in the dtype of x; 1 is none.
 
     Differentiable and on any device; `prefixquant.ops.hadamard` is the same as one kernel.
     """

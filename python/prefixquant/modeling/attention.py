@@ -2,8 +2,8 @@
 """The attention function and the mask function that transformers models call under our name.
 
 The prefix is hidden here: its K/V are put in front of the keys inside the attention, at positions
--P..-1, so prompts keep positions 0.., no cache is seeded, and padding, beams and chunked prefill work
-as in any model.
+-P..-1, so prompts keep positions 0.., no cache is seeded, and padding, beams and chunked prefill
+work as in any model.
 """
 
 import torch
@@ -17,8 +17,8 @@ from prefixquant.modeling.cache import KVQuantizer, PackedKV
 
 NAME = "prefixquant"
 
-# Up to this many query tokens the packed cache is read as it is (kv_attention); beyond, unpacking it
-# once and using matrix products is faster.
+# Up to this many query tokens the packed cache is read as it is (kv_attention); beyond, unpacking
+# it once and using matrix products is faster.
 _PACKED_QUERY_TOKENS = 16
 
 

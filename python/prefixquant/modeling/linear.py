@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that hold packed weights and static scales; their buffers are what a checkpoint stores."""
+"""Modules that hold packed weights and static scales: what a checkpoint stores."""
 
 import torch
 import torch.nn.functional as F

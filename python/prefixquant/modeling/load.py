@@ -235,6 +235,6 @@ def _generation_defaults(model: nn.Module, path: Path) -> None:
 
 
 def linear_weight_bytes(model: nn.Module) -> int:
-    """Bytes that the packed linears of a loaded model hold in memory: weights, scales and biases."""
+    """Bytes that the linears of a loaded model hold in memory: weights, scales and biases."""
     linears = (m for m in model.modules() if isinstance(m, QuantLinear))
     return sum(b.numel() * b.element_size() for linear in linears for b in linear.buffers())

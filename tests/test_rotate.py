@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Norm folding, rotations and the hidden prefix leave the float model's function as it is."""
+
+import pytest
+import torch
+from prefixquant.config import Rotations
+from prefixquant.decoder import FloatDecoder
+from prefixquant.errors import UnsupportedModelError
+from prefixquant.hadamard import hadamard_matrix
+from prefixquant.roles import block_weights, model_blocks, model_geometry, model_roles
+from prefixquant.rotate import plan_rotations, rotate_block, rotate_last_dim
+from tiny_families import FAMILIES, tiny_family
+
+
+def run(decoder: FloatDecoder, ids: torch.Tensor, prefix: tuple[int, ...] = ()) -> torch.Tensor:
+    for _, x in decoder.run(ids, decoder.prefix(prefix)):
+        stream = x
+    return decoder.logits(stream, decoder.head_weight())
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_do_not_change(family, rotate):
+    model = tiny_family(family)
+    ids = torch.randint(0, 97, (3, 21))
+    plan = plan_rotations(model_geometry(model.config), rotate=rotate, seed=3)
+    expected = model(ids).logits
+    # measured: 1.4e-6 of logits up to 3
+    torch.testing.assert_close(run(FloatDecoder(model, plan), ids), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_prefix_equals_prefix_tokens(family):
+    model = tiny_family(family)
+    ids, prefix = torch.randint(0, 97, (2, 17)), (5, 9, 0)
+    plan = plan_rotations(model_geometry(model.config))
+    in_front = torch.tensor(prefix).expand(2, -1)
+    expected = model(torch.cat([in_front, ids], dim=1)).logits[:, len(prefix) :]
+    actual = run(FloatDecoder(model, plan), ids, prefix)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+
+
+def test_block_hadamard_of_r4():
+    model = tiny_family("llama")
+    plan = plan_rotations(model_geometry(model.config), r4_block_size=20)
+    assert plan.rotations == Rotations(r4_block_size=20)
+    ids = torch.randint(0, 97, (1, 9))
+    torch.testing.assert_close(
+        run(FloatDecoder(model, plan), ids), model(ids).logits, rtol=0, atol=2e-5
+    )
+
+
+def test_rotation_changes_every_weight():
+    """The invariance above would also hold if nothing were rotated."""
+    model = tiny_family("qwen2")
+    roles = model_roles(model.config)
+    before = block_weights(model_blocks(model, roles)[0], roles)
+    after = rotate_block(before, plan_rotations(model_geometry(model.config)))
+    for role in roles.linears:
+        assert (after.weights[role] - before.weights[role]).abs().max() > 0.01, role
+    assert torch.equal(after.input_norm, torch.ones(48))
+
+
+@pytest.mark.parametrize("size", [1, 2, 12, 16, 40, 48])
+def test_rotate_last_dim_is_the_hadamard_matrix(size):
+    x = torch.randn(5, 2, 240, dtype=torch.float64)
+    matrix = torch.block_diag(*[hadamard_matrix(size)] * (240 // size)) if size > 1 else None
+    expected = x if matrix is None else x @ matrix.T
+    if 240 % size == 0:
+        torch.testing.assert_close(rotate_last_dim(x, size), expected, rtol=0, atol=1e-12)
+
+
+def test_sizes_without_construction_are_refused():
+    model = tiny_family("llama", hidden_size=116, num_attention_heads=2)  # 4 * 29
+    with pytest.raises(UnsupportedModelError, match="116"):
+        plan_rotations(model_geometry(model.config))
+    with pytest.raises(UnsupportedModelError, match="r4_block_size"):
+        plan_rotations(model_geometry(tiny_family("llama").config), r4_block_size=32)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("gpt2", {}, "model_type"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+        ("mistral", {"sliding_window": 8}, "sliding_window"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type",
+        ),
+    ],
+)
+def test_unsupported_architectures(family, changes, message):
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(family, **changes)
+    with pytest.raises(UnsupportedModelError, match=message):
+        model_roles(config)
