@@ -110,16 +110,18 @@ float round16(float y, GemmDtype dtype) {
 // ---------------------------------------------------------------- candidates
 
 struct TileChoice {
-  int rows, tokens, cluster;
+  int rows, tokens, cluster, split;
 };
 const std::vector<TileChoice>& tiles(int bits) {
   static const std::vector<TileChoice> w4 = {
-      {128, 256, 1}, {128, 256, 2}, {256, 128, 2}, {128, 192, 2}, {128, 128, 1},
-      {128, 128, 2}, {256, 64, 1},  {256, 64, 2},  {128, 64, 1},  {128, 64, 2},  {256, 32, 1},
-      {128, 32, 1},  {128, 32, 2},  {256, 16, 1},  {128, 16, 1}};
-  static const std::vector<TileChoice> w8 = {{128, 256, 2}, {256, 128, 2}, {128, 128, 1},
-                                             {128, 128, 2}, {128, 64, 1},  {128, 32, 1},
-                                             {128, 16, 1}};
+      {128, 256, 1, 1}, {128, 256, 2, 1}, {128, 192, 2, 1}, {128, 128, 1, 1}, {128, 128, 2, 1},
+      {128, 128, 1, 2}, {128, 128, 1, 4}, {128, 96, 1, 1}, {128, 96, 1, 2}, {256, 64, 1, 1},
+      {128, 64, 1, 1}, {128, 64, 2, 1}, {128, 64, 1, 2}, {128, 64, 1, 4}, {256, 32, 1, 1},
+      {128, 32, 1, 1}, {128, 32, 1, 2}, {128, 16, 1, 1}};
+  static const std::vector<TileChoice> w8 = {
+      {128, 256, 1, 1}, {128, 256, 2, 1}, {128, 192, 2, 1}, {128, 128, 1, 1}, {128, 128, 2, 1},
+      {128, 128, 1, 2}, {128, 64, 1, 1}, {128, 64, 1, 2}, {128, 64, 1, 4}, {128, 32, 1, 1},
+      {128, 32, 1, 2}, {128, 16, 1, 1}};
   return bits == 4 ? w4 : w8;
 }
 
@@ -134,6 +136,12 @@ std::vector<GemmW4Config> spreads(const GemmW4Shape& shape, const TileChoice& t,
   const int clusters = sm_count / t.cluster;
   const int k_iterations = padded_k(shape.k) / 128;
   std::vector<GemmW4Config> result;
+  base.split_k = t.split;
+  if (t.split > 1) {
+    base.grid = tile_count * t.split;
+    if (base.grid <= sm_count && t.split <= k_iterations) result.push_back(base);
+    return result;
+  }
   const auto add = [&](int used, int stream_k) {
     GemmW4Config c = base;
     c.grid = used * t.cluster, c.stream_k_tiles = stream_k;
@@ -361,7 +369,7 @@ struct Bench {
     std::vector<float> samples;
     float total = 0.0f;
     PQ_CUDA_CHECK(cudaGraphLaunch(executable, stream));
-    while (samples.size() < 3 || (total < milliseconds && samples.size() < 100)) {
+    while (samples.size() < 3 || (total < milliseconds && samples.size() < 1000)) {
       PQ_CUDA_CHECK(cudaEventRecord(begin, stream));
       PQ_CUDA_CHECK(cudaGraphLaunch(executable, stream));
       PQ_CUDA_CHECK(cudaEventRecord(end, stream));
@@ -431,15 +439,9 @@ void sweep(Bench& bench, int bits, int sm_count, const std::vector<int>& ms) {
         for (const GemmW4Config& config : spreads(shape, tile, sm_count))
           results.emplace_back(bench.time_ours(shape, config), config);
       }
-      std::sort(results.begin(), results.end(),
-                [](const auto& a, const auto& b) { return a.first < b.first; });
-      std::printf("w%d %dx%d m %d:", bits, s[0], s[1], m);
-      for (size_t i = 0; i < std::min<size_t>(results.size(), 7); ++i) {
-        const GemmW4Config& c = results[i].second;
-        std::printf("  %.1f [%dx%d c%d g%d sk%d]", results[i].first, c.block_rows, c.block_tokens,
-                    c.cluster, c.grid, c.stream_k_tiles);
-      }
-      std::printf("\n");
+      for (const auto& [us, c] : results)
+        std::printf("%d %d %d %d | %d %d %d %d %d %d | %.2f\n", bits, m, s[0], s[1], c.block_rows,
+                    c.block_tokens, c.cluster, c.split_k, c.grid, c.stream_k_tiles, us);
       std::fflush(stdout);
     }
   }
@@ -500,10 +502,10 @@ void compare_with_peers(Bench& bench, int bits, int sm_count, const std::vector<
     log16[column] += std::log(r.fp16 / r.ours8);
     log8[column] += std::log(r.fp8 / r.ours8);
     logint[column] += std::log(r.int8 / r.ours8);
-    std::printf("%d %d %d | %.1f %.1f %.1f | %.1f %.1f %.0f | %.2f %.2f %.2f | %dx%d c%d g%d sk%d\n",
+    std::printf("%d %d %d | %.1f %.1f %.1f | %.1f %.1f %.0f | %.2f %.2f %.2f | %dx%d c%d s%d g%d sk%d\n",
                 n, k, m, r.fp16, r.fp8, r.int8, r.ours4, r.ours8, tops(m, n, k, r.ours8),
                 r.fp16 / r.ours8, r.fp8 / r.ours8, r.int8 / r.ours8, r.config.block_rows,
-                r.config.block_tokens, r.config.cluster, r.config.grid, r.config.stream_k_tiles);
+                r.config.block_tokens, r.config.cluster, r.config.split_k, r.config.grid, r.config.stream_k_tiles);
   });
   for (size_t i = 0; i < ms.size(); ++i)
     std::printf("geomean m %d: x fp16 %.2f  x fp8 %.2f  x int8 %.2f\n", ms[i],

@@ -10,7 +10,8 @@
 
 namespace prefixquant {
 
-#define X(bits, m64, tokens, cluster) PQ_EXTERN_GEMM_W4_SM90(bits, m64, tokens, cluster)
+#define X(bits, m64, tokens, cluster, split) \
+  PQ_EXTERN_GEMM_W4_SM90(bits, m64, tokens, cluster, split)
 PQ_GEMM_W4_SM90_TILES(X)
 #undef X
 
@@ -87,6 +88,10 @@ void launch_gemm_w4_sm90(const GemmW4Params& p, const GemmW4Config& config, cuda
                  config.stream_k_tiles <= grid.tiles() &&
                  config.stream_k_tiles * config.cluster * 2 * sizeof(int) <= kGemmW4CounterBytes,
              "gemm_w4: config does not fit the shape");
+  PQ_REQUIRE(config.split_k == 1 || (config.stream_k_tiles == 0 &&
+                                     config.grid == grid.tiles() * config.split_k &&
+                                     padded_k(p.k) / kPackK >= config.split_k),
+             "gemm_w4: a split config needs one cluster a tile and k for every part");
 
   GemmW4Sm90Args args = {};
   args.weight = static_cast<const uint8_t*>(p.weight);
@@ -104,17 +109,18 @@ void launch_gemm_w4_sm90(const GemmW4Params& p, const GemmW4Config& config, cuda
       reinterpret_cast<int4*>(static_cast<uint8_t*>(p.workspace) + kGemmW4CounterBytes);
   const CUtensorMap x_map = make_x_map(p, config.block_tokens / config.cluster);
 
-#define X(bits, m64, tokens, cluster_size)                                               \
-  if (p.weight_bits == bits && config.block_rows == 128 * m64 &&                         \
-      config.block_tokens == tokens && config.cluster == cluster_size)                   \
-    return launch_gemm_w4_sm90_tile<GemmW4Sm90Traits<bits, m64, tokens, cluster_size>>(  \
+#define X(bits, m64, tokens, cluster_size, split)                                              \
+  if (p.weight_bits == bits && config.block_rows == 128 * m64 &&                               \
+      config.block_tokens == tokens && config.cluster == cluster_size && config.split_k == split) \
+    return launch_gemm_w4_sm90_tile<GemmW4Sm90Traits<bits, m64, tokens, cluster_size, split>>( \
         x_map, args, config.grid, stream);
   PQ_GEMM_W4_SM90_TILES(X)
 #undef X
   PQ_REQUIRE(false, "gemm_w4: no Hopper kernel for " << p.weight_bits << "-bit weights, tile "
                                                      << config.block_rows << "x"
                                                      << config.block_tokens << ", cluster "
-                                                     << config.cluster);
+                                                     << config.cluster << ", split "
+                                                     << config.split_k);
 }
 
 }  // namespace prefixquant

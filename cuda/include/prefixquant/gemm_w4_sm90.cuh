@@ -18,6 +18,8 @@
 //   are whole. Partial int32 sums meet in the workspace: whoever arrives last at a tile adds the
 //   others' parts and runs the epilogue. Integer addition is exact, so the result does not depend
 //   on the order of arrival.
+//   With kSplitK > 1 a cluster is kSplitK CTAs on one tile, each with its part of K; the parts meet
+//   in distributed shared memory, and each CTA finishes its share of the tokens. One tile a cluster.
 // Block: 3 warpgroups. Warpgroup 0 is the producer (two threads feed the copy engine); 1 and 2
 //   each own kM64 groups of 64 channels and all tokens of the tile.
 // Smem: kStages * (BLOCK_TOKENS * 128 + BLOCK_ROWS * 16 * weight_bits) + 2 * staging (8 KB at most).
@@ -41,12 +43,14 @@ inline constexpr int kSm90SmemLimit = 232448;  // bytes a block can have on sm_9
 template <int kWeightBits_,  // 4 or 8
           int kM64_,         // groups of 64 channels a consumer warpgroup owns
           int BLOCK_TOKENS_, // N of the wgmma
-          int kCluster_>     // CTAs sharing an activation tile
+          int kCluster_,     // CTAs of a cluster that share the activations, on different channels
+          int kSplitK_ = 1>  // CTAs of a cluster that share one tile, on different parts of K
 struct GemmW4Sm90Traits {
   static constexpr int kWeightBits = kWeightBits_;
   static constexpr int kM64 = kM64_;
   static constexpr int BLOCK_TOKENS = BLOCK_TOKENS_;
   static constexpr int kCluster = kCluster_;
+  static constexpr int kSplitK = kSplitK_;
   static constexpr int BLOCK_K = 128;  // one row of a 128-byte swizzled tile
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (1 + kConsumers);
@@ -54,20 +58,31 @@ struct GemmW4Sm90Traits {
   static constexpr int kXBytes = BLOCK_TOKENS * BLOCK_K;
   static constexpr int kW64Bytes = 64 * BLOCK_K * kWeightBits / 8;  // one group of 64 rows
   static constexpr int kStageBytes = kXBytes + BLOCK_ROWS / 64 * kW64Bytes;
-  // The epilogue transposes 64 channels x kStagingTokens at a time, 128 bytes a token.
-  static constexpr int kStagingTokens = BLOCK_TOKENS % 64 == 0 ? 64 : BLOCK_TOKENS % 32 == 0 ? 32 : 16;
+  // After the parts of K have met, each CTA of a split finishes its share of the tokens. The
+  // epilogue transposes 64 channels x kStagingTokens at a time, 128 bytes a token.
+  static constexpr int kFinalTokens = BLOCK_TOKENS / kSplitK;
+  static constexpr int kStagingTokens =
+      kFinalTokens % 64 == 0 ? 64 : kFinalTokens % 32 == 0 ? 32 : 16;
   static constexpr int kStagingBytes = kStagingTokens * 128;
   static constexpr int kFixedBytes = 1024 /* alignment */ + kConsumers * kStagingBytes + 1024;
   static constexpr int kFit = (kSm90SmemLimit - kFixedBytes) / kStageBytes;
-  // More than 12 stages bring nothing: the bandwidth-latency product is about 32 KB an SM.
+  // More than 12 stages bring nothing; 6 of 128 x 64 are 10-20 % slower than 12 (H100, M = 64),
+  // although two CTAs fit an SM then and the next kernel could start to load early.
   static constexpr int kStages = kFit < 12 ? kFit : 12;
   static constexpr int kSmemBytes = kFixedBytes + kStages * kStageBytes;
+  // 65536 registers = 384 threads x 168, which setmaxnreg deals out again.
+  static constexpr int kProducerRegisters = 56;
+  static constexpr int kConsumerRegisters = 224;
   static constexpr int kAccumulators = BLOCK_TOKENS / 2;  // per thread and group of 64 channels
 
   static_assert(kWeightBits == 4 || kWeightBits == 8, "weights are int4 or int8");
   static_assert(BLOCK_TOKENS % 16 == 0 && BLOCK_TOKENS <= 256, "N of wgmma");
   static_assert(kM64 * BLOCK_TOKENS <= 256, "128 accumulator registers a thread at most");
   static_assert(BLOCK_TOKENS / kCluster % 8 == 0, "a multicast part is whole swizzle atoms");
+  static_assert(kSplitK == 1 || kCluster == 1, "a cluster shares activations or a tile");
+  static_assert(kFinalTokens % 16 == 0, "stmatrix stores 16 tokens at a time");
+  static_assert(BLOCK_ROWS * BLOCK_TOKENS * 4 <= kStages * kStageBytes || kSplitK == 1,
+                "the parts of a split meet in the memory of the stages");
   static_assert(kStages >= 3, "load, multiply and release need a stage each");
 };
 
@@ -100,8 +115,13 @@ struct GemmW4Segment {
 // the end where there are whole tiles too), then whole tiles.
 class GemmW4Schedule {
  public:
-  __device__ __forceinline__ GemmW4Schedule(const GemmW4Sm90Args& args, int cluster, int clusters)
-      : args_(args), clusters_(clusters), next_whole_tile_(cluster) {
+  __device__ __forceinline__ GemmW4Schedule(const GemmW4Sm90Args& args, int cluster, int clusters,
+                                            int k_part, int k_parts)
+      : args_(args),
+        clusters_(clusters),
+        next_whole_tile_(cluster),
+        k_begin_(args.k_iterations * k_part / k_parts),
+        k_end_(args.k_iterations * (k_part + 1) / k_parts) {
     cursor_ = stream_k_begin(args, cluster, clusters);
     stream_k_end_ = stream_k_begin(args, cluster + 1, clusters);
   }
@@ -123,8 +143,8 @@ class GemmW4Schedule {
       tile = args_.dp_tiles + segment.stream_k_tile;
     } else if (next_whole_tile_ < args_.dp_tiles) {
       segment.stream_k_tile = -1;
-      segment.k_begin = 0;
-      segment.k_end = args_.k_iterations;
+      segment.k_begin = k_begin_;
+      segment.k_end = k_end_;
       tile = next_whole_tile_;
       next_whole_tile_ += clusters_;
     } else {
@@ -145,8 +165,18 @@ class GemmW4Schedule {
   const GemmW4Sm90Args& args_;
   int clusters_;
   int next_whole_tile_;
+  int k_begin_;  // of whole tiles: all of K, or this CTA's part
+  int k_end_;
   int cursor_;
   int stream_k_end_;
+};
+
+// Which CTA this is. `rank` counts along the channels of a cluster tile, `k_part` along K.
+struct GemmW4CtaPosition {
+  int cluster;
+  int clusters;
+  int rank;
+  int k_part;
 };
 
 // Position in the ring of stages, with the parity of the phase its barriers are in.
@@ -192,12 +222,13 @@ struct GemmW4Sm90Smem {
 template <typename Traits, typename LoadStage>
 __device__ __forceinline__ void gemm_w4_sm90_produce(const GemmW4Sm90Args& args,
                                                      const GemmW4Sm90Smem<Traits>& smem,
-                                                     int cluster, int clusters, uint32_t bytes,
+                                                     const GemmW4CtaPosition& cta, uint32_t bytes,
                                                      const LoadStage& load_stage) {
-  GemmW4Schedule schedule(args, cluster, clusters);
+  GemmW4Schedule schedule(args, cta.cluster, cta.clusters, cta.k_part, Traits::kSplitK);
   GemmW4Segment segment;
   PipelineCursor<Traits::kStages> cursor;
   while (schedule.next(segment)) {
+#pragma unroll 1  // the producer has few registers
     for (int k = segment.k_begin; k < segment.k_end; ++k) {
       // Empty means empty in every CTA that a multicast writes to.
       mbarrier_wait(smem.empty(cursor.stage), cursor.parity ^ 1);
@@ -212,13 +243,13 @@ template <typename Traits>
 __device__ __forceinline__ void gemm_w4_sm90_produce_x(const CUtensorMap* x_map,
                                                        const GemmW4Sm90Args& args,
                                                        const GemmW4Sm90Smem<Traits>& smem,
-                                                       int cluster, int clusters, int rank) {
+                                                       const GemmW4CtaPosition& cta) {
   constexpr int kPartTokens = Traits::BLOCK_TOKENS / Traits::kCluster;
-  const uint32_t part_offset = rank * kPartTokens * Traits::BLOCK_K;
+  const uint32_t part_offset = cta.rank * kPartTokens * Traits::BLOCK_K;
   gemm_w4_sm90_produce<Traits>(
-      args, smem, cluster, clusters, Traits::kXBytes,
+      args, smem, cta, Traits::kXBytes,
       [&](const GemmW4Segment& segment, int k, int stage) {
-        const int token = segment.token_tile * Traits::BLOCK_TOKENS + rank * kPartTokens;
+        const int token = segment.token_tile * Traits::BLOCK_TOKENS + cta.rank * kPartTokens;
         const uint32_t destination = smem.x(stage) + part_offset;
         if constexpr (Traits::kCluster > 1)
           tma_load_2d_multicast(destination, x_map, k * Traits::BLOCK_K, token, smem.full(stage),
@@ -232,15 +263,15 @@ __device__ __forceinline__ void gemm_w4_sm90_produce_x(const CUtensorMap* x_map,
 template <typename Traits>
 __device__ __forceinline__ void gemm_w4_sm90_produce_w(const GemmW4Sm90Args& args,
                                                        const GemmW4Sm90Smem<Traits>& smem,
-                                                       int cluster, int clusters, int rank) {
+                                                       const GemmW4CtaPosition& cta) {
   constexpr int kGroups = Traits::BLOCK_ROWS / 64;
   // Weights that only one token tile needs are read once: keep them from pushing X out of L2.
   const uint64_t policy = args.token_tiles == 1 ? kL2EvictFirst : kL2EvictNormal;
   const int64_t group_bytes = int64_t{args.k_iterations} * Traits::kW64Bytes;
   gemm_w4_sm90_produce<Traits>(
-      args, smem, cluster, clusters, kGroups * Traits::kW64Bytes,
+      args, smem, cta, kGroups * Traits::kW64Bytes,
       [&](const GemmW4Segment& segment, int k, int stage) {
-        const int first_group = (segment.row_tile * Traits::kCluster + rank) * kGroups;
+        const int first_group = (segment.row_tile * Traits::kCluster + cta.rank) * kGroups;
 #pragma unroll
         for (int i = 0; i < kGroups; ++i) {
           // Row groups beyond the matrix repeat the last one; their results are never stored.
@@ -300,7 +331,7 @@ struct GemmW4Sm90Consumer {
   const GemmW4Sm90Smem<Traits>& smem;
   int consumer;  // 0 or 1
   int thread;    // 0 .. 127
-  int rank;      // of the CTA in its cluster
+  GemmW4CtaPosition cta;
 
   int32_t acc[kM64][kAccumulators];
   float scale[kM64][2];
@@ -309,8 +340,8 @@ struct GemmW4Sm90Consumer {
 
   __device__ __forceinline__ GemmW4Sm90Consumer(const GemmW4Sm90Args& args_,
                                                 const GemmW4Sm90Smem<Traits>& smem_, int consumer_,
-                                                int thread_, int rank_)
-      : args(args_), smem(smem_), consumer(consumer_), thread(thread_), rank(rank_) {}
+                                                int thread_, const GemmW4CtaPosition& cta_)
+      : args(args_), smem(smem_), consumer(consumer_), thread(thread_), cta(cta_) {}
 
   template <int kBuffer>
   __device__ __forceinline__ void fetch_fragments(int stage) {
@@ -383,18 +414,19 @@ struct GemmW4Sm90Consumer {
   __device__ __forceinline__ int4* partial_slot(int cluster, int which) const {
     constexpr int kSlotVectors = kM64 * kAccumulators / 4 * 128;
     const int64_t slot =
-        ((int64_t{cluster} * 2 + which) * Traits::kCluster + rank) * Traits::kConsumers + consumer;
+        ((int64_t{cluster} * 2 + which) * Traits::kCluster + cta.rank) * Traits::kConsumers + consumer;
     return args.partials + slot * kSlotVectors + thread;
   }
 
   // Meets the other clusters that share this tile. True for the last one to arrive, which then
   // holds the whole sum.
-  __device__ bool reduce_partials(const GemmW4Segment& segment, int cluster, int clusters) {
+  __device__ bool reduce_partials(const GemmW4Segment& segment) {
+    const int cluster = cta.cluster, clusters = cta.clusters;
     const int tile_begin = segment.stream_k_tile * args.k_iterations;
     const int mine = segment.k_end - segment.k_begin;
     if (mine == args.k_iterations) return true;
     int* counter = args.counters +
-                   (segment.stream_k_tile * Traits::kCluster + rank) * Traits::kConsumers + consumer;
+                   (segment.stream_k_tile * Traits::kCluster + cta.rank) * Traits::kConsumers + consumer;
     // If all others have been here, there is nobody to leave our part for.
     if (thread == 0) {
       const int arrived = *reinterpret_cast<volatile int*>(counter);
@@ -447,6 +479,52 @@ struct GemmW4Sm90Consumer {
     return true;
   }
 
+  // Sums the parts of K of the cluster's CTAs: every CTA lays its accumulators out in the memory of
+  // its stages (all of them consumed), and adds up its share of the tokens over all CTAs into the
+  // first registers of acc. Every thread of the cluster takes part in the two cluster barriers, the
+  // second one is at the end of the kernel.
+  __device__ __forceinline__ void reduce_split() {
+    constexpr int kVectors = kAccumulators / 4;  // a vector = 8 tokens of this thread's fragment
+    constexpr int kShare = kVectors / Traits::kSplitK;
+    const auto vector_address = [&](int mb, int vector) {
+      const int index = (consumer * kM64 + mb) * kVectors + vector;
+      return smem.base + (index * 128 + thread) * 16;
+    };
+    named_barrier_sync(3, 128 * Traits::kConsumers);  // nobody reads the stages any more
+#pragma unroll
+    for (int mb = 0; mb < kM64; ++mb)
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i)
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(vector_address(mb, i)),
+                     "r"(acc[mb][4 * i]), "r"(acc[mb][4 * i + 1]), "r"(acc[mb][4 * i + 2]),
+                     "r"(acc[mb][4 * i + 3])
+                     : "memory");
+    cluster_sync();
+#pragma unroll
+    for (int mb = 0; mb < kM64; ++mb)
+#pragma unroll
+      for (int i = 0; i < kShare; ++i) {
+        int32_t sum[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int part = 0; part < Traits::kSplitK; ++part) {
+          int32_t v[4];
+          asm volatile(
+              "{\n"
+              ".reg .b32 remote;\n"
+              "mapa.shared::cluster.u32 remote, %4, %5;\n"
+              "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [remote];\n"
+              "}"
+              : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+              : "r"(vector_address(mb, cta.k_part * kShare + i)), "r"(part)
+              : "memory");
+#pragma unroll
+          for (int c = 0; c < 4; ++c) sum[c] += v[c];
+        }
+#pragma unroll
+        for (int c = 0; c < 4; ++c) acc[mb][4 * i + c] = sum[c];
+      }
+  }
+
   // Channel scales and biases of this thread's two rows of each group of 64. They are read before
   // the main loop, which hides the latency; volatile, so that the loads are not sunk to their use.
   __device__ __forceinline__ void load_row_constants(const GemmW4Segment& segment) {
@@ -465,7 +543,7 @@ struct GemmW4Sm90Consumer {
       }
   }
   __device__ __forceinline__ int first_channel(const GemmW4Segment& segment, int mb) const {
-    return (segment.row_tile * Traits::kCluster + rank) * Traits::BLOCK_ROWS +
+    return (segment.row_tile * Traits::kCluster + cta.rank) * Traits::BLOCK_ROWS +
            (consumer * kM64 + mb) * 64;
   }
   // y + 0 would turn -0 into +0, so a missing bias is skipped, not added.
@@ -483,7 +561,7 @@ struct GemmW4Sm90Consumer {
     const bool plain_vectors = e.vectors && !e.swiglu && e.residual == nullptr &&
                                e.output_scale == nullptr && first_channel + 64 <= e.n;
 #pragma unroll
-    for (int part = 0; part < Traits::BLOCK_TOKENS / Traits::kStagingTokens; ++part) {
+    for (int part = 0; part < Traits::kFinalTokens / Traits::kStagingTokens; ++part) {
       const int part_token = first_token + part * Traits::kStagingTokens;
       if (part_token >= e.m) break;
       if (part > 0 || mb > 0) sync();  // the part before has been read
@@ -537,7 +615,7 @@ struct GemmW4Sm90Consumer {
       const int channel = first_channel + warp * 16 + lane / 4 + 8 * h;
       if (channel >= e.n) continue;
 #pragma unroll
-      for (int i = 0; i < kAccumulators / 2; ++i) {
+      for (int i = 0; i < Traits::kFinalTokens / 4; ++i) {
         const int token = first_token + i / 2 * 8 + lane % 4 * 2 + i % 2;
         if (token >= e.m) break;
         const int32_t value = acc[mb][i / 2 * 4 + 2 * h + i % 2];
@@ -549,7 +627,8 @@ struct GemmW4Sm90Consumer {
   }
 
   __device__ __forceinline__ void store(const GemmW4Segment& segment) {
-    const int first_token = segment.token_tile * Traits::BLOCK_TOKENS;
+    const int first_token =
+        segment.token_tile * Traits::BLOCK_TOKENS + cta.k_part * Traits::kFinalTokens;
     sync();  // the staging buffer is free: every warp has read the tile before
 #pragma unroll
     for (int mb = 0; mb < kM64; ++mb) {
@@ -588,35 +667,46 @@ gemm_w4_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
     __syncthreads();
   launch_dependent_grids();
 
-  const int rank = Traits::kCluster > 1 ? static_cast<int>(cluster_cta_rank()) : 0;
-  const int cluster = blockIdx.x / Traits::kCluster;
-  const int clusters = gridDim.x / Traits::kCluster;
-  // 168 registers a thread at entry; the producer gives most of its share to the consumers.
+  constexpr int kClusterSize = Traits::kCluster * Traits::kSplitK;
+  const int cta_rank = kClusterSize > 1 ? static_cast<int>(cluster_cta_rank()) : 0;
+  const GemmW4CtaPosition cta{static_cast<int>(blockIdx.x) / kClusterSize,
+                              static_cast<int>(gridDim.x) / kClusterSize,
+                              Traits::kCluster > 1 ? cta_rank : 0,
+                              Traits::kSplitK > 1 ? cta_rank : 0};
+  // The producer gives most of its registers to the consumers.
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Traits::kProducerRegisters));
     if (threadIdx.x == 0) {
-      gemm_w4_sm90_produce_w<Traits>(args, smem, cluster, clusters, rank);
+      gemm_w4_sm90_produce_w<Traits>(args, smem, cta);
     } else if (threadIdx.x == 32) {
       wait_for_previous_grids();
-      gemm_w4_sm90_produce_x<Traits>(&x_map, args, smem, cluster, clusters, rank);
+      gemm_w4_sm90_produce_x<Traits>(&x_map, args, smem, cta);
     }
+    __syncwarp();
+    if constexpr (Traits::kSplitK > 1) cluster_sync();  // the one inside reduce_split
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Traits::kConsumerRegisters));
     wait_for_previous_grids();  // before any access to out, residual and workspace
     const int thread = threadIdx.x % 128;
-    GemmW4Sm90Consumer<Traits> consumer(args, smem, threadIdx.x / 128 - 1, thread, rank);
-    GemmW4Schedule schedule(args, cluster, clusters);
+    GemmW4Sm90Consumer<Traits> consumer(args, smem, threadIdx.x / 128 - 1, thread, cta);
+    GemmW4Schedule schedule(args, cta.cluster, cta.clusters, cta.k_part, Traits::kSplitK);
     GemmW4Segment segment;
     PipelineCursor<Traits::kStages> cursor;
     while (schedule.next(segment)) {
       consumer.load_row_constants(segment);
       consumer.multiply_segment(segment, cursor);
-      if (segment.stream_k_tile < 0 || consumer.reduce_partials(segment, cluster, clusters))
+      if constexpr (Traits::kSplitK > 1) {
+        consumer.reduce_split();
         consumer.store(segment);
+        break;  // one tile a cluster
+      } else {
+        if (segment.stream_k_tile < 0 || consumer.reduce_partials(segment))
+          consumer.store(segment);
+      }
     }
   }
-  // A CTA's shared memory must outlive its peers' arrivals and multicasts.
-  if constexpr (Traits::kCluster > 1) {
+  // A CTA's shared memory must outlive its peers' arrivals, multicasts and reads.
+  if constexpr (kClusterSize > 1) {
     __syncwarp();
     cluster_sync_execution();
   }

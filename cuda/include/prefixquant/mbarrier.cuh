@@ -73,6 +73,11 @@ __device__ __forceinline__ void cluster_sync_execution() {
   asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
 }
 
+// The same, and what any thread wrote to shared memory before is visible to all after.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // Programmatic dependent launch: lets the next kernel of the stream start once every CTA of this
 // one has said so, and waits until the kernels before have finished and their writes are visible.
 __device__ __forceinline__ void launch_dependent_grids() {
