@@ -97,7 +97,7 @@ def test_packed_model_equals_fake_quantization(family, scheme, tmp_path):
     expected = rms_norm(x, stored["model.norm.weight"], model.config.rms_norm_eps)
     actual = packed.model(prompt).last_hidden_state
     error = ((actual - expected).square().sum() / expected.square().sum()).item()
-    # Measured: at most 1.3e-13, float32 sums in another order. A single activation at a rounding tie
+    # Measured: at most 1.3e-13, float32 sums in another order. One activation at a rounding tie
     # that took the neighbouring level would be above 1e-5; two unrelated models differ by 2.
     assert error < 1e-10
 

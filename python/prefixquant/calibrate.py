@@ -39,7 +39,7 @@ _FINE = tuple(0.01 * k for k in range(-4, 5))
 _HEAD_RATIOS = tuple(0.3 + 0.025 * k for k in range(29))  # 0.3 .. 1.0
 # Multipliers tried on each scale by the refinement.
 _REFINE = (0.8, 0.87, 0.94, 1.06, 1.14, 1.25)
-# Samples it looks at. SmolLM2-135M, W4A4KV4: perplexity 34.8 without refinement, 33.3 with 2 samples,
+# Samples it looks at. SmolLM2-135M, W4A4KV4: perplexity 34.8 without refinement, 33.3 with 2,
 # 33.4 with 8; W4A8KV4: 20.02 without, 20.04 with, so 8-bit activations are left alone.
 _REFINE_SAMPLES = 2
 _SEARCH_TOKENS = 2048  # tokens an activation search looks at, evenly spaced over the samples
