@@ -31,9 +31,16 @@ PQ_INLINE Floats<kLanes> swap_lanes(Floats<kLanes> v) {
 // the same IEEE operation.
 template <int H>
 PQ_INLINE Floats<kLanes> butterfly_lanes(Floats<kLanes> v) {
+#if defined(__AVX512F__)
+  // -b as an exact product with -1, fused with the addition: one instruction less.
+  Floats<kLanes> factor;
+  for (int i = 0; i < kLanes; ++i) factor[i] = (i & H) ? -1.0f : 1.0f;
+  return (Floats<kLanes>)_mm512_fmadd_ps((__m512)v, (__m512)factor, (__m512)swap_lanes<H>(v));
+#else
   Words<kLanes> sign;
   for (int i = 0; i < kLanes; ++i) sign[i] = (i & H) ? 0x80000000u : 0u;
   return swap_lanes<H>(v) + (Floats<kLanes>)((Words<kLanes>)v ^ sign);
+#endif
 }
 
 PQ_INLINE Floats<kLanes> butterflies_in_register(Floats<kLanes> v, int64_t pow2) {

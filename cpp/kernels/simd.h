@@ -12,7 +12,12 @@
 #include "isa_namespace.h"
 #include "params.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #define PQ_INLINE static inline __attribute__((always_inline))
+#define PQ_INLINE_LAMBDA __attribute__((always_inline))
 
 PQ_ISA_NAMESPACE_BEGIN
 
@@ -38,6 +43,8 @@ template <int N>
 using Shorts = typename VectorOf<uint16_t, N>::type;
 template <int N>
 using Bytes = typename VectorOf<int8_t, N>::type;
+template <int N>
+using UnsignedBytes = typename VectorOf<uint8_t, N>::type;
 
 template <typename V>
 PQ_INLINE V load(const void* from) {
