@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import reference  # noqa: E402
-from chart import speedup_chart  # noqa: E402
-from prefixquant import _C, ops  # noqa: E402
-from timing import (  # noqa: E402
+import reference
+from chart import speedup_chart
+from prefixquant import _C, ops
+from timing import (
     Timing,
     as_row,
     copies_out_of_l2,
@@ -253,7 +253,14 @@ def speedups(cells: list[dict], models: set[str], name: str) -> dict[int, float 
 
 
 def table_rows(cells: list[dict], read: float) -> tuple[list[str], list[list]]:
-    columns = ["N x K", "M", *(f"{n} us" for n in (*OURS, *PEERS)), "W4A8 x FP16", "% of read", "TOPS"]
+    columns = [
+        "N x K",
+        "M",
+        *(f"{n} us" for n in (*OURS, *PEERS)),
+        "W4A8 x FP16",
+        "% of read",
+        "TOPS",
+    ]
     rows = []
     for c in cells:
         us = {n: (t[0] if t else None) for n, t in c["us"].items()}
@@ -327,7 +334,8 @@ def main() -> None:
     folder = results_folder(args.out)
     write_json(folder / "gemm_w4.json", result)
     chart = speedup_chart(
-        lines, f"Speedup over cuBLAS FP16, Llama-3 8B and 70B layers, {torch.cuda.get_device_name()}"
+        lines,
+        f"Speedup over cuBLAS FP16, Llama-3 8B and 70B layers, {torch.cuda.get_device_name()}",
     )
     (folder / "gemm_w4.svg").write_text(chart, encoding="utf-8")
     for name, line in lines.items():

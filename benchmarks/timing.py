@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How every benchmark is timed: CUDA graph replay, weights out of L2, median and spread.
 
-A launch is a function of an index; the graph calls it with 0, 1, 2, .. so that it can rotate through
-copies of its weights whose sum is several times the L2 cache. What is reported is the median over
-replays of the time of one replay divided by its launches. Launches follow each other as they do in
-a decoder, so launch latency that a kernel cannot hide counts.
+A launch is a function of an index; the graph calls it with 0, 1, 2, .. so that it can rotate
+through copies of its weights whose sum is several times the L2 cache. What is reported is the
+median over replays of the time of one replay divided by its launches. Launches follow each other
+as they do in a decoder, so launch latency that a kernel cannot hide counts.
 """
 
 import json

@@ -20,6 +20,7 @@ void bind_cuda(py::module_& m) {
   m.def("gemm_config_text", &pq::gemm_config_text, arg("config"));
   m.def("gemm_plan_cuda", &pq::gemm_plan_cuda, arg("m"), arg("n"), arg("k"), arg("weight_bits"),
         arg("activation_bits"), arg("device"));
+  m.def("capture_id_cuda", &pq::capture_id_cuda, arg("stream"));
   m.def("gemm_workspace_cuda", &pq::gemm_workspace_cuda, arg("m"), arg("n"), arg("k"),
         arg("weight_bits"), arg("config"));
   m.def(

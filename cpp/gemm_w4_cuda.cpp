@@ -153,6 +153,8 @@ std::string gemm_config_text(const GemmConfigList& config) {
   return text.str();
 }
 
+uint64_t capture_id_cuda(uintptr_t stream) { return cuda_capture_id(as_stream(stream)); }
+
 int64_t gemm_workspace_cuda(int64_t m, int64_t n, int64_t k, int64_t weight_bits,
                             const GemmConfigList& config) {
   const GemmW4Shape shape{static_cast<int>(m), static_cast<int>(n), static_cast<int>(k),

@@ -37,6 +37,8 @@ std::string gemm_config_text(const GemmConfigList& config);
 std::pair<GemmConfigList, int64_t> gemm_plan_cuda(int64_t m, int64_t n, int64_t k,
                                                   int64_t weight_bits, int64_t activation_bits,
                                                   int64_t device);
+// The id of the graph capture that the stream is part of, 0 outside one.
+uint64_t capture_id_cuda(uintptr_t stream);
 int64_t gemm_workspace_cuda(int64_t m, int64_t n, int64_t k, int64_t weight_bits,
                             const GemmConfigList& config);
 

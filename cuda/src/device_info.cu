@@ -25,4 +25,11 @@ DeviceInfo cuda_device_info(int device) {
   return {sm_count, 10 * major + minor};
 }
 
+uint64_t cuda_capture_id(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  PQ_CUDA_CHECK(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &id));
+  return status == cudaStreamCaptureStatusActive ? id : 0;
+}
+
 }  // namespace prefixquant

@@ -22,8 +22,10 @@ _K_PER_BLOCK = {4: 64, 8: 32}
 # bits of the weight and of the activations of each operation
 _OPERATIONS = {"gemm_w4a4": (4, 4), "gemm_w4a8": (4, 8), "gemm_w8a8": (8, 8)}
 
-# (device, stream) -> partial sums of split tiles. Its counters are zero between launches.
-_workspaces: dict[tuple[int, int], Tensor] = {}
+_COUNTER_BYTES = 16384  # kGemmW4CounterBytes: zero between launches, whatever the config
+
+# (device, stream) -> (graph capture or 0, partial sums of split tiles)
+_workspaces: dict[tuple[int, int], tuple[int, Tensor]] = {}
 
 
 def _prepacked_shape(bits: int, n: int, k: int) -> tuple[int, ...]:
@@ -45,16 +47,18 @@ def _plan(sizes: tuple[int, int, int], bits: tuple[int, int], device: int) -> tu
 
 
 def _workspace(needed: int, device: torch.device, stream: int) -> Tensor | None:
+    """Scratch of a launch: one a stream, and one a graph in that graph's memory pool."""
     if needed == 0:
         return None
+    capture = 0
     if torch.cuda.is_current_stream_capturing():
-        # Memory of the graph's own pool, zeroed by the graph itself; it must not outlive it.
-        return torch.zeros(needed, dtype=torch.uint8, device=device)
+        capture = _C.capture_id_cuda(stream=stream)
     key = (device.index, stream)
-    kept = _workspaces.get(key)
-    if kept is None or kept.numel() < needed:
-        kept = torch.zeros(needed, dtype=torch.uint8, device=device)
-        _workspaces[key] = kept
+    owner, kept = _workspaces.get(key, (0, None))
+    if kept is None or owner != capture or kept.numel() < needed:
+        kept = torch.empty(needed, dtype=torch.uint8, device=device)
+        kept[:_COUNTER_BYTES].zero_()
+        _workspaces[key] = (capture, kept)
     return kept
 
 

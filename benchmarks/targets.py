@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prints each target of the project beside its measured figure. Standard library only.
+
+    python benchmarks/targets.py SECTION [--results FOLDER]
+
+Reads the committed JSON under benchmarks/results. Exits 1 where a figure falls short or is missing.
+A section is a function that yields Targets; add it to SECTIONS.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One promise: ``measured`` must be at least ``wanted``; None was not measured."""
+
+    what: str
+    wanted: float
+    measured: float | None
+    unit: str = "x"
+
+    @property
+    def met(self) -> bool:
+        return self.measured is not None and self.measured >= self.wanted
+
+
+def load(folder: Path, name: str) -> list[tuple[str, dict]]:
+    """(GPU folder, content) of every result file of that name."""
+    found = sorted(folder.rglob(f"{name}.json"))
+    return [(p.parent.name, json.loads(p.read_text(encoding="utf-8"))) for p in found]
+
+
+def geometric_mean(values: list[float]) -> float | None:
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
+
+
+# ---- gemm: issue "the fastest low-bit linear at every batch size" ----
+
+_GATE_UP_AND_DOWN = ((28672, 4096), (4096, 14336), (57344, 8192), (8192, 28672))
+_LARGE = (1024, 2048, 4096, 8192)
+
+
+class _Gemm:
+    """Medians of gemm_w4.json by (n, k, m)."""
+
+    def __init__(self, result: dict):
+        self.read = result["read_bytes_per_second"]
+        self.cells = result["cells"]
+
+    def us(self, cell: dict, name: str) -> float | None:
+        timing = cell["us"].get(name)
+        return timing[0] if timing else None
+
+    def ratios(self, ours: str, peers: tuple[str, ...], m: int, main: bool = True) -> list[float]:
+        """Fastest peer's time / ours, over the 8B and 70B layers (or over all)."""
+        found = []
+        for cell in self.cells:
+            if cell["m"] != m or (main and not {"llama-3-8b", "llama-3-70b"} & set(cell["models"])):
+                continue
+            mine = self.us(cell, ours)
+            theirs = [t for t in (self.us(cell, peer) for peer in peers) if t]
+            if mine and theirs:
+                found.append(min(theirs) / mine)
+        return found
+
+    def mean(self, ours: str, peers: tuple[str, ...], m: int) -> float | None:
+        return geometric_mean(self.ratios(ours, peers, m))
+
+    def at(self, ours: str, n: int, k: int, m: int) -> tuple[float | None, float | None]:
+        """(FP16 time / ours, share of the pure-read bandwidth in percent)."""
+        for cell in self.cells:
+            if (cell["n"], cell["k"], cell["m"]) == (n, k, m):
+                mine, fp16 = self.us(cell, ours), self.us(cell, "fp16")
+                if mine:
+                    share = n * k / 2 / mine * 1e6 / self.read * 100
+                    return (fp16 / mine if fp16 else None), share
+        return None, None
+
+
+def gemm(folder: Path) -> Iterator[Target]:
+    results = load(folder, "gemm_w4")
+    if not results:
+        yield Target("gemm_w4.json", 1.0, None)
+    for gpu, result in results:
+        data = _Gemm(result)
+        for ours in ("w4a4", "w4a8"):
+            tag = f"{gpu}, {ours}"
+            yield Target(f"{tag}: M 1 over FP16", 3.5, data.mean(ours, ("fp16",), 1))
+            yield Target(f"{tag}: M 1, 4096x4096 over FP16", 2.6, data.at(ours, 4096, 4096, 1)[0])
+            for n, k in _GATE_UP_AND_DOWN:
+                share = data.at(ours, n, k, 1)[1]
+                yield Target(f"{tag}: M 1, {n}x{k}, share of pure read", 85.0, share, "%")
+            for m, wanted in ((16, 3.1), (64, 2.6), (256, 2.0)):
+                yield Target(f"{tag}: M {m} over FP16", wanted, data.mean(ours, ("fp16",), m))
+            yield Target(f"{tag}: M 64 over FP8", 1.0, data.mean(ours, ("fp8",), 64))
+            cutlass = f"cutlass_int8_a{ours[-1]}"
+            for m in _LARGE:
+                yield Target(f"{tag}: M {m} over FP16", 2.0, data.mean(ours, ("fp16",), m))
+                yield Target(f"{tag}: M {m} over FP8", 1.0, data.mean(ours, ("fp8",), m))
+                ratio = data.mean(ours, (cutlass,), m)
+                yield Target(f"{tag}: M {m} over CUTLASS int8", 0.97, ratio)
+            worst = [
+                r
+                for m in sorted({c["m"] for c in data.cells})
+                for r in data.ratios(ours, ("fp16",), m, main=False)
+            ]
+            yield Target(f"{tag}: slowest cell over FP16", 1.0, min(worst, default=None))
+
+
+SECTIONS: dict[str, Callable[[Path], Iterator[Target]]] = {"gemm": gemm}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("section", choices=sorted(SECTIONS))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    targets = list(SECTIONS[args.section](args.results))
+    width = max(len(t.what) for t in targets)
+    for t in targets:
+        measured = "not measured" if t.measured is None else f"{t.measured:.2f}{t.unit}"
+        verdict = "met" if t.met else "SHORT"
+        print(f"{t.what:<{width}}  wanted {t.wanted:.2f}{t.unit}  measured {measured}  {verdict}")
+    short = sum(not t.met for t in targets)
+    print(f"{len(targets) - short} of {len(targets)} met")
+    return 1 if short else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
