@@ -3,8 +3,9 @@
 
 The block is quantized from its input to its output. At each activation point the scale is searched
 first (on the float weights that read it), then those weights are solved on the *quantized* inputs,
-so every later choice sees the errors of the earlier ones. All scales are then refined together on
-the block's output, against the output of the float block on the float stream.
+so every later choice sees the errors of the earlier ones. With 4-bit activations all scales are
+then refined on the residual stream after the attention and after the MLP, against the float block
+on the float stream.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,15 +20,17 @@ from prefixquant.block import (
     BlockShape,
     PrefixKV,
     attend,
+    attention_half,
     block_forward,
     linear,
+    mlp_half,
     project_qkv,
     quantize_heads,
     quantize_point,
     rms_norm,
 )
 from prefixquant.config import Scheme
-from prefixquant.quantizer import fake_quantize, minmax_scale
+from prefixquant.quantizer import fake_quantize, minmax_scale, search_dtype
 from prefixquant.roles import POINTS, BlockWeights
 from prefixquant.rotate import rotate_last_dim
 from prefixquant.solvers import QuantizedWeight, solve_rtn
@@ -81,11 +84,12 @@ def search_activation_scale(x: Tensor, weights: list[Tensor], bits: int) -> Tens
     rows = x.reshape(-1, x.shape[-1])
     start = minmax_scale(rows.abs().max(), bits)
     rows = rows[:: max(1, len(rows) // _SEARCH_TOKENS)]
-    readers = torch.cat(weights)
+    dtype = search_dtype(x.device)
+    readers = torch.cat(weights).to(dtype)
 
     def error(ratio: float) -> float:
         delta = fake_quantize(rows, start * ratio, bits) - rows
-        return F.linear(delta, readers).square().sum().item()
+        return F.linear(delta.to(dtype), readers).float().square().sum().item()
 
     low, high, count = _COARSE[bits]
     errors = {r: error(r) for r in torch.linspace(low, high, count).tolist()}
@@ -206,34 +210,45 @@ class _BlockQuantizer:
             ]
         )
 
-    def refine(self, x: Tensor, target: Tensor) -> None:
-        """One sweep over all scales, each moved to the multiplier with the least output error."""
+    def refine(self, x: Tensor, target_half: Tensor, target: Tensor) -> None:
+        """One sweep over all scales, each moved to the multiplier with the least output error.
 
-        def error() -> float:
-            return (self.output(x) - target).square().sum().item()
+        The attention's scales are judged by the stream after it, the MLP's by the block's output.
 
-        def search(get: Callable[[], Tensor], put: Callable[[Tensor], None]) -> None:
-            nonlocal least
-            start = best = get()
-            for factor in _REFINE:
-                put(start * factor)
-                found = error()
-                if found < least:
-                    least, best = found, start * factor
-            put(best)
+        Args:
+            x: quantized stream entering the block [n, T, C].
+            target_half, target: the float stream after the attention and after the block.
+        """
+        arguments = (self.simulated, self.shape)
 
-        least = error()
-        for name in list(self.scales.activations):
-            search(
-                lambda name=name: self.scales.activations[name],
-                lambda value, name=name: self.scales.activations.__setitem__(name, value),
-            )
-        for name in ("k", "v"):
-            if getattr(self.scales, name) is not None:
-                search(
-                    lambda name=name: getattr(self.scales, name),
-                    lambda value, name=name: setattr(self.scales, name, value),
-                )
+        def after_attention() -> Tensor:
+            return attention_half(*arguments, x, self.rope, self.prefix, self.scales)
+
+        def after_mlp() -> Tensor:
+            return mlp_half(*arguments, half, self.scales)
+
+        for name in ("qkv", "k", "v", "o"):
+            self._refine_scale(name, after_attention, target_half)
+        half = after_attention()
+        for name in ("gate_up", "down"):
+            self._refine_scale(name, after_mlp, target)
+
+    def _refine_scale(self, name: str, forward: Callable[[], Tensor], target: Tensor) -> None:
+        """Tries _REFINE on one scale (a point's, or "k", "v") and keeps the best."""
+        per_head = name in ("k", "v")
+        start = getattr(self.scales, name) if per_head else self.scales.activations.get(name)
+        if start is None:
+            return
+
+        def error(scale: Tensor) -> float:
+            if per_head:
+                setattr(self.scales, name, scale)
+            else:
+                self.scales.activations[name] = scale
+            return (forward() - target).square().sum().item()
+
+        errors = {factor: error(start * factor) for factor in (1.0, *_REFINE)}
+        error(start * min(errors, key=errors.get))
 
 
 def calibrate_block(
@@ -252,13 +267,14 @@ def calibrate_block(
         prefix: K/V of the prefix in this block, never quantized.
         streams: inputs [n, T, C]; on return the block's outputs.
     """
+    few = slice(_REFINE_SAMPLES)
+    half = attention_half(block, shape, streams.floating[few], rope, prefix)
     for (part,) in _batches(streams.floating):
         part.copy_(block_forward(block, shape, part, rope, prefix))
     quantizer = _BlockQuantizer(block, shape, scheme, rope, prefix)
     quantizer.run(streams.quantized)
     if scheme.activation_bits == 4:
-        few = slice(_REFINE_SAMPLES)
-        quantizer.refine(streams.quantized[few], streams.floating[few])
+        quantizer.refine(streams.quantized[few], half, streams.floating[few])
     streams.quantized.copy_(quantizer.output(streams.quantized))
     error = (streams.quantized - streams.floating).square().sum()
     return CalibratedBlock(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The symmetric quantizer, in float32 torch: the same expression as the CPU and CUDA kernels."""
 
+import torch
 from torch import Tensor
 
 
@@ -23,3 +24,13 @@ def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """``quantize(x) * s`` in the dtype of x."""
     return quantize(x, scale, bits).mul_(scale).to(x.dtype)
+
+
+def search_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of the matrix products that only compare candidates: bfloat16 where it is fast.
+
+    A bfloat16 value errs by 0.4 percent; outlier tokens stand out 64 times, and the errors that a
+    search compares are sums over thousands of products.
+    """
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    return torch.bfloat16 if device.type != "cpu" or supported() else torch.float32

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prefixquant.quantizer import minmax_scale, quantize
+from prefixquant.quantizer import minmax_scale, quantize, search_dtype
 
 
 @dataclass
@@ -44,11 +44,13 @@ def solve_rtn(
     if ratios is None:
         ratios = torch.linspace(1.0, 0.5, 21)
     start = minmax_scale(weight.abs().amax(dim=1), bits)
+    if hessian is not None:
+        metric = hessian.to(search_dtype(weight.device))
     best_scale, best_error = start.clone(), torch.full_like(start, torch.inf)
     for ratio in ratios.tolist():
         scale = start * ratio
         delta = quantize(weight, scale[:, None], bits).mul_(scale[:, None]).sub_(weight)
-        moved = delta if hessian is None else delta @ hessian
+        moved = delta if hessian is None else (delta.to(metric.dtype) @ metric).float()
         error = (moved * delta).sum(dim=1)
         better = error < best_error
         best_scale[better], best_error[better] = scale[better], error[better]
