@@ -58,3 +58,25 @@ def poisoned(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 def strided(x: Tensor) -> Tensor:
     """The values of x [.., R, C] as a view whose rows lie two row lengths apart."""
     return torch.cat((x, torch.full_like(x, float("nan"))), dim=-1)[..., : x.shape[-1]]
+
+
+# ---- low-bit GEMM and attention over the quantized cache ----
+
+# Outputs: below, at and beside the blocks of 16 and 32.
+GEMM_OUTPUTS = (1, 15, 100, 576)
+
+# Inputs (even): below and beside the groups of 8 and steps of 64, then real sizes.
+GEMM_INPUTS = (2, 10, 64, 576, 1536, 11008)
+
+# [B, Hq, Hkv, T, S]: decode and small T, key blocks of 32 full and not, more rows than one task has.
+ATTENTION_SHAPES = (
+    (1, 9, 3, 1, 100),
+    (2, 8, 2, 7, 33),
+    (2, 4, 4, 1, 1),
+    (1, 6, 2, 40, 70),
+    (1, 2, 1, 3, 0),
+    (1, 2, 1, 5, 3),
+    (3, 4, 1, 1, 64),
+)
+
+HEAD_DIMS = (2, 10, 64, 96, 128, 256)

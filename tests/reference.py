@@ -162,3 +162,60 @@ def swiglu_interleaved(y: Tensor) -> Tensor:
     """Columns (gate 0, up 0, gate 1, ..); computed in float64, rounded to y's dtype once."""
     gate, up = y[:, ::2].double(), y[:, 1::2].double()
     return (gate / (1.0 + torch.exp(-gate)) * up).to(y.dtype)
+
+
+# ---- low-bit GEMM ----
+
+
+def gemm_int8(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """x int8 [.., K], weight int8 [N, K] (of 4-bit weights: their values)."""
+    # Sums of products of bytes are far below 2^53: float64 holds them exactly.
+    acc = (x.double() @ weight.double().T).to(torch.int32)
+    if out_dtype == torch.int32:
+        return acc
+    y = acc.float() * (input_scale * weight_scale)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(out_dtype)
+
+
+# ---- attention over the quantized cache ----
+
+
+def kv_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """[B, T, Hq, D] in `dtype`, computed in `dtype` from dequantized keys and values."""
+    batch, tokens, cached = q.shape[0], q.shape[2], k.shape[2]
+    group = q.shape[1] // k.shape[1]
+
+    def whole(prefix: Tensor, cache: Tensor, scale: Tensor) -> Tensor:
+        values = unpack_int4(cache) if cache.dtype == torch.uint8 else cache
+        values = values.to(dtype) * scale.to(dtype)[:, None, None]
+        prefix = prefix.to(dtype)[None].expand(batch, -1, -1, -1)
+        return torch.cat((prefix, values), dim=2).repeat_interleave(group, dim=1)
+
+    keys, values = whole(prefix_k, k, k_scale), whole(prefix_v, v, v_scale)
+    if mask is None:  # the last query attends the whole cache
+        mask = torch.ones(tokens, cached, dtype=torch.bool).tril(cached - tokens)[None, None]
+    seen = torch.ones(*mask.shape[:3], prefix_k.shape[1], dtype=torch.bool)
+    logits = q.to(dtype) @ keys.transpose(-1, -2) * scaling
+    logits = logits.masked_fill(~torch.cat((seen, mask), dim=-1), -math.inf)
+    weights = torch.softmax(logits, dim=-1).nan_to_num(0.0)  # NaN: a row that attends nothing
+    return (weights @ values).transpose(1, 2)

@@ -9,6 +9,7 @@
 
 #include "../gemm_params.h"
 #include "isa_namespace.h"
+#include "simd.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -94,31 +95,66 @@ static void dot_tile(const RowTile& rows, const uint8_t* weight, int64_t block_b
   }
 }
 
-#else  // portable
+#elif defined(__AVX2__)
 
 constexpr int kMaxRows = 4;
 
+PQ_INLINE __m256i load_256(const uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+
+// multiply: adds the products of `count` groups, for 8 outputs and MR rows, to sum.
 struct WeightW4 {
   static constexpr uint32_t kOffset = 8;
   static constexpr int64_t kGroupBytes = 64;
-  static inline void load(const uint8_t* p, int16_t w[8][16]) {
-    for (int j = 0; j < 4; ++j) {
-      for (int r = 0; r < 16; ++r) {
-        w[j][r] = p[4 * r + j] & 15;
-        w[4 + j][r] = p[4 * r + j] >> 4;
+  // vpmaddubsw adds two products of at most 15 * 128 in 16 bits; eight such pairs, of four groups,
+  // still fit (30720 < 32767), so the sums are widened once in four groups.
+  static constexpr int64_t kGroupsInWords = 4;
+
+  template <int MR>
+  PQ_INLINE void multiply(const int8_t* x, int64_t stride, const uint8_t* weight, int64_t count,
+                          __m256i (&sum)[MR]) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    __m256i words[MR];
+    for (int i = 0; i < MR; ++i) words[i] = _mm256_setzero_si256();
+    for (int64_t g = 0; g < count; ++g) {
+      const __m256i v = load_256(weight + g * kGroupBytes);
+      const __m256i k0 = _mm256_and_si256(v, nibble);
+      const __m256i k4 = _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble);
+      for (int i = 0; i < MR; ++i) {
+        const int8_t* xi = x + i * stride + g * kGroupInputs;
+        const __m256i x0 = _mm256_set1_epi32(load_i32(xi));
+        const __m256i x4 = _mm256_set1_epi32(load_i32(xi + 4));
+        words[i] = _mm256_add_epi16(words[i], _mm256_maddubs_epi16(k0, x0));
+        words[i] = _mm256_add_epi16(words[i], _mm256_maddubs_epi16(k4, x4));
       }
+    }
+    for (int i = 0; i < MR; ++i) {
+      sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(words[i], _mm256_set1_epi16(1)));
     }
   }
 };
 
+// vpmaddubsw would saturate at 255 * 127 * 2: both sides are widened to 16 bits instead.
 struct WeightW8 {
   static constexpr uint32_t kOffset = 128;
   static constexpr int64_t kGroupBytes = 128;
-  static inline void load(const uint8_t* p, int16_t w[8][16]) {
-    for (int j = 0; j < 4; ++j) {
-      for (int r = 0; r < 16; ++r) {
-        w[j][r] = p[4 * r + j];
-        w[4 + j][r] = p[64 + 4 * r + j];
+  static constexpr int64_t kGroupsInWords = 1;
+
+  template <int MR>
+  PQ_INLINE void multiply(const int8_t* x, int64_t stride, const uint8_t* weight, int64_t,
+                          __m256i (&sum)[MR]) {
+    for (int half = 0; half < 2; ++half) {  // inputs 0..3, then 4..7
+      const __m256i v = load_256(weight + 64 * half);
+      const __m256i low = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(v));
+      const __m256i high = _mm256_cvtepu8_epi16(_mm256_extracti128_si256(v, 1));
+      for (int i = 0; i < MR; ++i) {
+        const __m256i xi =
+            _mm256_cvtepi8_epi16(_mm_set1_epi32(load_i32(x + i * stride + 4 * half)));
+        const __m256i a = _mm256_madd_epi16(low, xi), b = _mm256_madd_epi16(high, xi);
+        // hadd leaves outputs 0 1 4 5 | 2 3 6 7; the permutation puts them in order.
+        const __m256i pairs = _mm256_hadd_epi32(a, b);
+        sum[i] = _mm256_add_epi32(sum[i], _mm256_permute4x64_epi64(pairs, 0xD8));
       }
     }
   }
@@ -127,25 +163,85 @@ struct WeightW8 {
 template <class Weight, int MR, int NB>
 static void dot_tile(const RowTile& rows, const uint8_t* weight, int64_t block_bytes,
                      int32_t* acc) {
-  for (int b = 0; b < NB; ++b) {
-    uint32_t sum[MR][16] = {};  // unsigned: wrapping is defined
-    const auto multiply_group = [&](const int8_t* x, int64_t stride, const uint8_t* w) {
-      int16_t unpacked[8][16];
-      Weight::load(w, unpacked);
-      for (int i = 0; i < MR; ++i) {
-        for (int j = 0; j < 8; ++j) {
-          const int16_t xj = x[i * stride + j];
-          for (int r = 0; r < 16; ++r) sum[i][r] += static_cast<uint32_t>(unpacked[j][r] * xj);
+  constexpr int64_t kStep = Weight::kGroupsInWords;
+  for (int b = 0; b < 2 * NB; ++b) {  // halves of 8 outputs
+    const uint8_t* w = weight + b / 2 * block_bytes + b % 2 * 32;
+    __m256i sum[MR];
+    for (int i = 0; i < MR; ++i) sum[i] = _mm256_setzero_si256();
+    int64_t g = 0;
+    for (; g + kStep <= rows.groups; g += kStep) {
+      Weight::multiply(rows.x + g * kGroupInputs, rows.stride, w + g * Weight::kGroupBytes, kStep,
+                       sum);
+    }
+    for (; g < rows.groups; ++g) {
+      Weight::multiply(rows.x + g * kGroupInputs, rows.stride, w + g * Weight::kGroupBytes, 1, sum);
+    }
+    if (rows.tail) Weight::multiply(rows.tail, kPadInputs, w + g * Weight::kGroupBytes, 1, sum);
+    for (int i = 0; i < MR; ++i) {
+      auto* to = reinterpret_cast<__m256i*>(acc + i * NB * 16 + b * 8);
+      _mm256_storeu_si256(to, sum[i]);
+    }
+  }
+}
+
+#else  // portable
+
+// SSE2 has no 32-bit integer product, float32 has one everywhere, and a sum of up to 512 products
+// of at most 255 * 128 stays below 2^24, so it is exact. Chunks of 512 inputs are summed in float32
+// and the chunks in int32.
+constexpr int kMaxRows = 4;
+constexpr int64_t kChunkGroups = 64;
+
+struct WeightW4 {
+  static constexpr uint32_t kOffset = 8;
+  static constexpr int64_t kGroupBytes = 64;
+  // Input j of a group, for the kLanes outputs whose words begin at p.
+  PQ_INLINE Floats<kLanes> input(const uint8_t* p, int j) {
+    const auto word = load<Words<kLanes> >(p);
+    return __builtin_convertvector((Ints<kLanes>)(word >> (j % 4 * 8 + j / 4 * 4) & 15u),
+                                   Floats<kLanes>);
+  }
+};
+
+struct WeightW8 {
+  static constexpr uint32_t kOffset = 128;
+  static constexpr int64_t kGroupBytes = 128;
+  PQ_INLINE Floats<kLanes> input(const uint8_t* p, int j) {
+    const auto word = load<Words<kLanes> >(p + j / 4 * 64);
+    return __builtin_convertvector((Ints<kLanes>)(word >> (j % 4 * 8) & 255u), Floats<kLanes>);
+  }
+};
+
+template <class Weight, int MR, int NB>
+static void dot_tile(const RowTile& rows, const uint8_t* weight, int64_t block_bytes,
+                     int32_t* acc) {
+  for (int i = 0; i < MR * NB * 16; ++i) acc[i] = 0;
+  const int64_t groups = rows.groups + (rows.tail ? 1 : 0);
+  float x[MR][kChunkGroups * kGroupInputs];
+  for (int64_t g0 = 0; g0 < groups; g0 += kChunkGroups) {
+    const int64_t count = groups - g0 < kChunkGroups ? groups - g0 : kChunkGroups;
+    for (int i = 0; i < MR; ++i) {
+      for (int64_t g = 0; g < count; ++g) {
+        const int8_t* from = g0 + g < rows.groups
+                                 ? rows.x + i * rows.stride + (g0 + g) * kGroupInputs
+                                 : rows.tail + i * kPadInputs;
+        for (int j = 0; j < kGroupInputs; ++j) x[i][g * kGroupInputs + j] = from[j];
+      }
+    }
+    for (int r = 0; r < NB * 16; r += kLanes) {
+      const uint8_t* w = weight + r / 16 * block_bytes + g0 * Weight::kGroupBytes + r % 16 * 4;
+      Floats<kLanes> sum[MR] = {};
+      for (int64_t g = 0; g < count; ++g, w += Weight::kGroupBytes) {
+        for (int j = 0; j < kGroupInputs; ++j) {
+          const auto wj = Weight::input(w, j);
+          for (int i = 0; i < MR; ++i) sum[i] += wj * x[i][g * kGroupInputs + j];
         }
       }
-    };
-    const uint8_t* w = weight + b * block_bytes;
-    for (int64_t g = 0; g < rows.groups; ++g) {
-      multiply_group(rows.x + g * kGroupInputs, rows.stride, w + g * Weight::kGroupBytes);
-    }
-    if (rows.tail) multiply_group(rows.tail, kPadInputs, w + rows.groups * Weight::kGroupBytes);
-    for (int i = 0; i < MR; ++i) {
-      for (int r = 0; r < 16; ++r) acc[(i * NB + b) * 16 + r] = static_cast<int32_t>(sum[i][r]);
+      for (int i = 0; i < MR; ++i) {
+        int32_t* to = acc + i * NB * 16 + r;
+        const auto chunk = (Words<kLanes>)__builtin_convertvector(sum[i], Ints<kLanes>);
+        store(to, load<Words<kLanes> >(to) + chunk);  // unsigned: wrapping is defined
+      }
     }
   }
 }
