@@ -68,7 +68,7 @@ GEMM_OUTPUTS = (1, 15, 100, 576)
 # Inputs (even): below and beside the groups of 8 and steps of 64, then real sizes.
 GEMM_INPUTS = (2, 10, 64, 576, 1536, 11008)
 
-# [B, Hq, Hkv, T, S]: decode and small T, key blocks of 32 full and not, more rows than one task has.
+# [B, Hq, Hkv, T, S]: decode and small T, key blocks of 32 full and not, more rows than a task has.
 ATTENTION_SHAPES = (
     (1, 9, 3, 1, 100),
     (2, 8, 2, 7, 33),
