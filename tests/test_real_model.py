@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole method on SmolLM2-135M-Instruct: few calibration samples, a little held-out text."""
+
+import os
+
+import pytest
+import torch
+from prefixquant import text as texts
+from prefixquant.compare import Candidate, compare
+from prefixquant.config import RecipeConfig, Scheme
+from prefixquant.loading import load_float_model
+from prefixquant.modeling import load
+from prefixquant.modeling.load import linear_weight_bytes
+from prefixquant.simulate import SimulatedModel
+from prefixquant.workflow import Origin, Protocol, calibration_tokens, quantize_and_save
+
+pytestmark = pytest.mark.model
+
+GGUF = os.environ.get("PREFIXQUANT_TEST_GGUF", "")
+
+
+@pytest.fixture(scope="module")
+def smol():
+    if not os.path.isfile(GGUF):
+        pytest.skip("PREFIXQUANT_TEST_GGUF names no file; `make test` fetches it")
+    return load_float_model(GGUF, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def quantized(smol, tmp_path_factory):
+    """(checkpoint folder, report) of W4A4KV4 with the default prefix mode."""
+    model, tokenizer = smol
+    recipe = RecipeConfig(
+        scheme=Scheme.parse("w4a4kv4"), nsamples=8, seqlen=256, search_samples=4, search_seqlen=512
+    )
+    folder = tmp_path_factory.mktemp("smol") / "w4a4kv4"
+    calibration = calibration_tokens(texts.load_text("pydoc"), tokenizer)
+    origin = Origin(GGUF, "pydoc")
+    return folder, quantize_and_save(model, tokenizer, recipe, calibration, folder, origin=origin)
+
+
+def test_prefix_is_bos_and_nothing_remains(quantized):
+    prefix = quantized[1]["prefix"]
+    assert prefix["prefix"] == [1]
+    steps = {tuple(step["prefix"]): step for step in prefix["steps"]}
+    # Without prefix the initial token stands out at block 11 (2100 medians and more).
+    assert max(steps[()]["max_ratio"]) > 1000
+    assert steps[()]["outliers_at_position_0"] >= 8
+    assert steps[(1,)]["outlier_tokens"] == 0
+    assert max(steps[(1,)]["max_ratio"]) < 64
+
+
+def test_perplexity_and_kernels(smol, quantized):
+    model, tokenizer = smol
+    folder, _ = quantized
+    samples = Protocol("pydoc", windows=3, seqlen=768).samples(texts.load_text("pydoc"), tokenizer)
+    results = compare(
+        {
+            "float": Candidate(model, (1,)),
+            "packed": Candidate(load(folder)),
+            "simulated": Candidate(SimulatedModel(folder)),
+        },
+        "float",
+        samples,
+    )
+    ppl = {name: result["ppl"] for name, result in results.items()}
+    assert ppl["packed"] / ppl["float"] < 3  # no collapse; without prefix it is 6 and more
+    assert abs(ppl["packed"] / ppl["simulated"] - 1) < 5e-3
+    assert results["packed"]["top1"] > 0.4
+
+
+def test_memory_and_generation(smol, quantized):
+    _, tokenizer = smol
+    model = load(quantized[0])
+    assert linear_weight_bytes(model) < 60e6
+    prompts = ["The capital of France is", "Water boils at a temperature of"]
+    tokenizer.padding_side = "left"
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    inputs.pop("token_type_ids", None)
+    out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    for row, prompt in zip(out, prompts, strict=True):
+        alone = tokenizer(prompt, return_tensors="pt")
+        alone.pop("token_type_ids", None)
+        single = model.generate(**alone, max_new_tokens=8, do_sample=False)
+        new = single[0, alone["input_ids"].shape[1] :]
+        assert torch.equal(row[inputs["input_ids"].shape[1] :][: len(new)], new)
