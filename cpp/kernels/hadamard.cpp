@@ -24,10 +24,14 @@ PQ_INLINE void swiglu_row(const T* gate, const T* up, float* to, int64_t count) 
 }
 
 template <typename T>
-PQ_INLINE void store_row(const float* from, T* to, int64_t count) {
+PQ_INLINE void store_row(TransformedBlock from, T* to, int64_t count) {
   int64_t c = 0;
-  for (; c + kLanes <= count; c += kLanes) store_float(to + c, load_float(from + c));
-  if (c < count) store_float_tail(to + c, load_float_tail(from + c, count - c), count - c);
+  for (; c + kLanes <= count; c += kLanes) {
+    store_float(to + c, load_float(from.data + c) * from.factor);
+  }
+  if (c < count) {
+    store_float_tail(to + c, load_float_tail(from.data + c, count - c) * from.factor, count - c);
+  }
 }
 
 }  // namespace
@@ -50,9 +54,11 @@ void hadamard_rows(const HadamardRows& p, int64_t row_begin, int64_t row_end, fl
         } else {
           load_row(x + x_offset, first, count);
         }
-        const float* y = p.hadamard.block > 1 ? hadamard_block(first, second, p.hadamard) : first;
+        const TransformedBlock y = p.hadamard.block > 1
+                                       ? hadamard_block(first, second, p.hadamard)
+                                       : TransformedBlock{first, 1.0f};
         if (p.quantized) {
-          quantize_row(y, static_cast<int8_t*>(p.y) + y_offset, count, p.quantizer);
+          quantize_block(y, static_cast<int8_t*>(p.y) + y_offset, count, p.quantizer);
         } else {
           store_row(y, static_cast<T*>(p.y) + y_offset, count);
         }

@@ -7,7 +7,7 @@
 // Several butterfly stages are done in registers at a time; that changes no operand of any addition.
 #pragma once
 
-#include "simd.h"
+#include "quantize.h"
 
 PQ_ISA_NAMESPACE_BEGIN
 
@@ -80,28 +80,37 @@ PQ_INLINE void butterfly_pass(float* x, int64_t total, int64_t step) {
   }
 }
 
+// The first stages of every group of pow2 >= COUNT * kLanes floats, COUNT registers at a time:
+// distances 1 .. COUNT * kLanes / 2.
+template <int COUNT>
+PQ_INLINE void first_pass(float* x, int64_t total) {
+  for (int64_t c = 0; c < total; c += COUNT * kLanes) {
+    Floats<kLanes> v[COUNT];
+#pragma GCC unroll 8
+    for (int i = 0; i < COUNT; ++i) {
+      v[i] = butterflies_in_register(load<Floats<kLanes>>(x + c + i * kLanes), kLanes);
+    }
+    butterflies_between(v);
+#pragma GCC unroll 8
+    for (int i = 0; i < COUNT; ++i) store(x + c + i * kLanes, v[i]);
+  }
+}
+
 // FWHT of every group of pow2 consecutive floats among `total` (a multiple of pow2; padded to kLanes).
 PQ_INLINE void fwht(float* x, int64_t total, int64_t pow2) {
   int64_t h;  // the next distance
   if (pow2 >= 8 * kLanes) {
-    for (int64_t c = 0; c < total; c += 8 * kLanes) {
-      Floats<kLanes> v[8];
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        v[i] = butterflies_in_register(load<Floats<kLanes>>(x + c + i * kLanes), kLanes);
-      }
-      butterflies_between(v);
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) store(x + c + i * kLanes, v[i]);
-    }
+    first_pass<8>(x, total);
     h = 8 * kLanes;
+  } else if (pow2 == 4 * kLanes) {
+    return first_pass<4>(x, total);
+  } else if (pow2 == 2 * kLanes) {
+    return first_pass<2>(x, total);
   } else {
-    if (pow2 > 1) {
-      for (int64_t c = 0; c < total; c += kLanes) {
-        store(x + c, butterflies_in_register(load<Floats<kLanes>>(x + c), pow2));
-      }
+    for (int64_t c = 0; pow2 > 1 && c < total; c += kLanes) {
+      store(x + c, butterflies_in_register(load<Floats<kLanes>>(x + c), pow2));
     }
-    h = kLanes;
+    return;
   }
   for (; 8 * h <= pow2; h *= 8) butterfly_pass<8>(x, total, h);
   if (4 * h <= pow2) {
@@ -155,14 +164,18 @@ PQ_INLINE void sign_pass(const float* x, float* y, const HadamardParams& p) {
   }
 }
 
-// One block of p.block floats in `x`, padded with anything to a multiple of kLanes. Returns where the
-// result is: `x` itself when k = 1, otherwise `y` (as large as x, not overlapping).
-PQ_INLINE const float* hadamard_block(float* x, float* y, const HadamardParams& p) {
+// Where a transformed block is and what is left to do: multiply by `factor` (1, which is exact, when
+// it is done already).
+struct TransformedBlock {
+  const float* data;
+  float factor;
+};
+
+// One block of p.block floats in `x`, padded with anything to a multiple of kLanes. The result is in
+// `x` itself when k = 1, otherwise in `y` (as large as x, not overlapping).
+PQ_INLINE TransformedBlock hadamard_block(float* x, float* y, const HadamardParams& p) {
   fwht(x, p.block, p.pow2);
-  if (p.k == 1) {
-    for (int64_t c = 0; c < p.block; c += kLanes) store(x + c, load<Floats<kLanes>>(x + c) * p.norm);
-    return x;
-  }
+  if (p.k == 1) return {x, p.norm};
   if (p.pow2 >= kLanes) {
     sign_pass<kSignRows, kLanes>(x, y, p);
   } else if (p.pow2 == 8) {
@@ -174,7 +187,13 @@ PQ_INLINE const float* hadamard_block(float* x, float* y, const HadamardParams& 
   } else {
     sign_pass<kSignRows, 1>(x, y, p);
   }
-  return y;
+  return {y, 1.0f};
+}
+
+PQ_INLINE void quantize_block(TransformedBlock x, int8_t* q, int64_t count, QuantizerParams p) {
+  quantize_each(q, count, p, [x](int64_t c, int64_t n) PQ_INLINE_LAMBDA {
+    return (n == kLanes ? load_float(x.data + c) : load_float_tail(x.data + c, n)) * x.factor;
+  });
 }
 
 PQ_ISA_NAMESPACE_END

@@ -9,13 +9,21 @@
 PQ_ISA_NAMESPACE_BEGIN
 namespace {
 
-// Element offset of row (b, h, t) under strides of those three dimensions.
-struct RowIndex {
+// Walks the rows (b, h, t), t innermost. A division a row would take longer than the row.
+struct RowCursor {
+  const KvRows& p;
   int64_t b, h, t;
-  RowIndex(const KvRows& p, int64_t row)
-      : b(row / (p.heads * p.tokens)), h(row / p.tokens % p.heads), t(row % p.tokens) {}
+  RowCursor(const KvRows& params, int64_t row)
+      : p(params), b(row / (p.heads * p.tokens)), h(row / p.tokens % p.heads), t(row % p.tokens) {}
   int64_t offset(const int64_t (&strides)[3]) const {
     return b * strides[0] + h * strides[1] + t * strides[2];
+  }
+  void next() {
+    if (++t < p.tokens) return;
+    t = 0;
+    if (++h < p.heads) return;
+    h = 0;
+    ++b;
   }
 };
 
@@ -23,8 +31,7 @@ template <typename T>
 PQ_INLINE void dequantize_row(const int8_t* q, float scale, T* y, int64_t count) {
   int64_t c = 0;
   for (; c + kLanes <= count; c += kLanes) {
-    const auto wide = __builtin_convertvector(load<Bytes<kLanes>>(q + c), Ints<kLanes>);
-    store_float(y + c, __builtin_convertvector(wide, Floats<kLanes>) * scale);
+    store_float(y + c, __builtin_convertvector(load_widened(q + c), Floats<kLanes>) * scale);
   }
   for (; c < count; ++c) from_float(static_cast<float>(q[c]) * scale, y + c);
 }
@@ -40,15 +47,15 @@ void kv_quantize_rows(const KvRows& p, int64_t row_begin, int64_t row_end, float
   int8_t* const unpacked = reinterpret_cast<int8_t*>(second + round_up_16(p.dim));
   const float qmax = p.bits == 4 ? 7.0f : 127.0f;
   with_float_type(p.x_type, p.x, [&](auto* x) {
-    for (int64_t row = row_begin; row < row_end; ++row) {
-      const RowIndex index(p, row);
-      const QuantizerParams quantizer{1.0f / p.scale[index.h], -qmax - 1.0f, qmax};
-      uint8_t* out = p.q + index.offset(p.q_strides);
+    RowCursor at(p, row_begin);
+    for (int64_t row = row_begin; row < row_end; ++row, at.next()) {
+      const QuantizerParams quantizer{1.0f / p.scale[at.h], -qmax - 1.0f, qmax};
+      uint8_t* out = p.q + at.offset(p.q_strides);
       int8_t* q = p.bits == 4 ? unpacked : reinterpret_cast<int8_t*>(out);
-      const auto* in = x + index.offset(p.x_strides);
+      const auto* in = x + at.offset(p.x_strides);
       if (p.hadamard.block > 1) {
         load_row(in, first, p.dim);
-        quantize_row(hadamard_block(first, second, p.hadamard), q, p.dim, quantizer);
+        quantize_block(hadamard_block(first, second, p.hadamard), q, p.dim, quantizer);
       } else {
         quantize_row(in, q, p.dim, quantizer);
       }
@@ -63,15 +70,15 @@ void kv_dequantize_rows(const KvRows& p, int64_t row_begin, int64_t row_end, flo
   with_float_type(p.y_type, p.y, [&](auto* y_const) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(y_const)>>;
     T* y = static_cast<T*>(p.y);
-    for (int64_t row = row_begin; row < row_end; ++row) {
-      const RowIndex index(p, row);
-      const uint8_t* in = p.q + index.offset(p.q_strides);
+    RowCursor at(p, row_begin);
+    for (int64_t row = row_begin; row < row_end; ++row, at.next()) {
+      const uint8_t* in = p.q + at.offset(p.q_strides);
       const int8_t* q = reinterpret_cast<const int8_t*>(in);
       if (p.bits == 4) {
         unpack_row(in, unpacked, p.dim);
         q = unpacked;
       }
-      dequantize_row(q, p.scale[index.h], y + row * p.dim, p.dim);
+      dequantize_row(q, p.scale[at.h], y + row * p.dim, p.dim);
     }
   });
 }

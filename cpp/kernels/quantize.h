@@ -105,7 +105,13 @@ PQ_INLINE void pack_row(const int8_t* q, uint8_t* packed, int64_t count) {
   for (; i + kPairs <= count / 2; i += kPairs) {
     const auto pair = load<Shorts<kPairs>>(q + 2 * i);
     const Shorts<kPairs> byte = (pair & 0x0F) | ((pair >> 4) & 0xF0);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i v = (__m256i)byte;
+    _mm_storeu_si128((__m128i*)(packed + i), _mm_packus_epi16(_mm256_castsi256_si128(v),
+                                                              _mm256_extracti128_si256(v, 1)));
+#else
     store(packed + i, __builtin_convertvector(byte, Bytes<kPairs>));
+#endif
   }
   for (; i < count / 2; ++i) {
     packed[i] = static_cast<uint8_t>((q[2 * i] & 0xF) | (q[2 * i + 1] << 4));
@@ -115,7 +121,14 @@ PQ_INLINE void pack_row(const int8_t* q, uint8_t* packed, int64_t count) {
 PQ_INLINE void unpack_row(const uint8_t* packed, int8_t* q, int64_t count) {
   int64_t i = 0;
   for (; i + kPairs <= count / 2; i += kPairs) {
+#if defined(__AVX512BW__)
+    const auto byte =
+        (Shorts<kPairs>)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(packed + i)));
+#elif defined(__AVX2__)
+    const auto byte = (Shorts<kPairs>)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(packed + i)));
+#else
     const auto byte = __builtin_convertvector(load<UnsignedBytes<kPairs>>(packed + i), Shorts<kPairs>);
+#endif
     const Shorts<kPairs> pair = (byte & 0x0F) | ((byte & 0xF0) << 4);
     // Sign extension of both nibbles at once: (n ^ 8) - 8 in every byte.
     store(q + 2 * i, (Bytes<2 * kPairs>)(pair ^ 0x0808) - static_cast<int8_t>(8));
