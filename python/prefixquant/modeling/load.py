@@ -39,15 +39,20 @@ def load(
 
     Args:
         path: the checkpoint folder.
-        device: where the model runs.
+        device: where the model runs; the CPU in this version.
         dtype: what flows between the quantized operations; None takes float32 on the CPU and the
             checkpoint's 16-bit dtype elsewhere.
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete or of another version.
-        UserError: an unknown dtype.
+        UserError: another device or dtype.
     """
     device = torch.device(device)
+    if device.type != "cpu":
+        raise UserError(
+            f"device: expected cpu, got {device}; the CUDA part holds the matrix products only, "
+            "norms, rotations and attention have no CUDA kernels yet"
+        )
     checkpoint = read_checkpoint(path)
     tensors = checkpoint.tensors
     stored = tensors["lm_head.weight"].dtype
