@@ -26,6 +26,7 @@ SOURCES := pyproject.toml CMakeLists.txt LICENSE README.md \
 
 # No command below may ask a model hub: the one model comes from PyPI.
 export HF_HUB_OFFLINE := 1
+export TQDM_DISABLE := 1
 export PREFIXQUANT_TEST_GGUF := $(CURDIR)/$(MODEL)
 
 .PHONY: demo test test-slow lint format cuda clean

@@ -17,13 +17,13 @@ from prefixquant import text as texts
 from prefixquant.compare import Candidate, compare
 from prefixquant.config import RecipeConfig, Scheme
 from prefixquant.loading import load_float_model
-from prefixquant.report import plain, replace_files, report_json, table
+from prefixquant.report import describe_search, plain, replace_files, report_json, table
 from prefixquant.workflow import (
     Origin,
     Protocol,
     calibration_tokens,
     quantize_and_save,
-    saved_configs,
+    search_once,
 )
 
 SCHEMES = ("w4a4kv4", "w4a8kv4")
@@ -75,29 +75,35 @@ def main() -> None:
     protocol = Protocol(arguments.text, windows=arguments.windows, seqlen=1024)
     samples = protocol.samples(content, tokenizer)
 
+    recipes = [
+        RecipeConfig(scheme=Scheme.parse(scheme), nsamples=arguments.nsamples) for scheme in SCHEMES
+    ]
+    search = search_once(float_model, tokenizer, recipes[0], calibration, progress)
+    candidates = {
+        "float": Candidate(float_model),
+        "float with the prefix": Candidate(float_model, search.prefix),
+    }
     reports = {}
-    candidates = {"float": Candidate(float_model)}
-    for scheme in SCHEMES:
-        folder = arguments.output / scheme
+    for scheme, recipe in zip(SCHEMES, recipes, strict=True):
         progress.note(f"--- {scheme} ---")
         reports[scheme] = quantize_and_save(
             float_model,
             tokenizer,
-            RecipeConfig(scheme=Scheme.parse(scheme), nsamples=arguments.nsamples),
+            recipe,
             calibration,
-            folder,
+            arguments.output / scheme,
             origin=Origin(arguments.model, arguments.text),
+            search=search,
             overwrite=True,
             progress=progress,
         )
-        prefix = saved_configs(folder)[1].prefix_token_ids
-        candidates.setdefault("float with the prefix", Candidate(float_model, prefix))
-        candidates[scheme] = Candidate(prefixquant.load(folder))
+        candidates[scheme] = Candidate(prefixquant.load(arguments.output / scheme))
 
     results = compare(candidates, "float with the prefix", samples, progress)
     paragraph, speed = generate(candidates[SCHEMES[0]].model, tokenizer, PROMPT, 96)
     report = {
         "protocol": plain({**vars(protocol), "windows": len(samples)}),
+        "prefix_search": search.to_dict(tokenizer),
         "results": results,
         "generation": {"prompt": PROMPT, "text": paragraph, "tokens_per_second": speed},
         "quantization": reports,
@@ -105,6 +111,7 @@ def main() -> None:
     replace_files(arguments.output, {"report.json": report_json(report)})
 
     out = sys.stdout.write
+    out("\n" + describe_search(report["prefix_search"]) + "\n")
     out(f"\nHeld-out text: {len(samples)} windows of {samples.shape[1]} tokens of ")
     out(f"{arguments.text!r}; KL and top-1 are against the float model with the prefix.\n\n")
     out(accuracy_table(results) + "\n\n")

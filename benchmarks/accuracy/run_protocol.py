@@ -24,6 +24,7 @@ from prefixquant.compare import Candidate, compare
 from prefixquant.config import RecipeConfig, Scheme
 from prefixquant.doctor import environment
 from prefixquant.loading import load_float_model
+from prefixquant.prefix import paper_prefix
 from prefixquant.report import replace_files, report_json
 from prefixquant.workflow import (
     Origin,
@@ -31,6 +32,7 @@ from prefixquant.workflow import (
     calibration_tokens,
     quantize_and_save,
     saved_configs,
+    search_once,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,8 +91,20 @@ def main() -> None:
     samples = protocol.samples(content, tokenizer)
     calibration = calibration_tokens(content, tokenizer)
 
-    candidates: dict[str, Candidate] = {"float": Candidate(float_model)}
+    search = search_once(
+        float_model, tokenizer, RecipeConfig(prefix="verified"), calibration, progress
+    )
+    # The float model under every prefix of interest; the same prefix is measured once.
     prefixes: dict[str, tuple[int, ...]] = {"float": ()}
+    for name, ids in (
+        (REFERENCE, search.prefix),
+        ("float, BOS", (search.bos,)),
+        ("float, paper's prefix", paper_prefix(search.steps[0], search.bos)),
+    ):
+        if ids not in prefixes.values():
+            prefixes[name] = ids
+    candidates = {name: Candidate(float_model, ids) for name, ids in prefixes.items()}
+
     reports = {}
     for setting in arguments.settings:
         scheme, mode = setting.split(":", 1)
@@ -104,21 +118,16 @@ def main() -> None:
                 calibration,
                 folder,
                 origin=Origin(arguments.name, protocol.text),
+                search=search if mode == "verified" else None,
                 overwrite=True,
                 progress=progress,
             )
         label = f"{scheme.upper()} static, {'no' if mode == 'none' else mode} prefix"
         prefixes[label] = saved_configs(folder)[1].prefix_token_ids
         candidates[label] = Candidate(prefixquant.load(folder).to(arguments.device))
-        if mode in ("verified", "paper"):
-            name = f"float, {mode} prefix"
-            candidates[name] = Candidate(float_model, prefixes[label])
-            prefixes[name] = prefixes[label]
         gc.collect()
-    reference = REFERENCE if REFERENCE in candidates else "float"
 
-    measured = compare(candidates, reference, samples, progress)
-    order = sorted(measured, key=lambda name: not name.startswith("float"))
+    measured = compare(candidates, REFERENCE, samples, progress)
     rows = [
         [
             name,
@@ -127,7 +136,7 @@ def main() -> None:
             round(measured[name]["kl"], 4),
             round(100 * measured[name]["top1"], 1),
         ]
-        for name in order
+        for name in measured
     ]
     result = {
         "table": "accuracy",
@@ -135,9 +144,10 @@ def main() -> None:
         f"{samples.shape[1]} tokens",
         "columns": ["setting", "prefix", "PPL", "KL", "top-1 %"],
         "rows": rows,
-        "note": f"KL divergence and top-1 agreement are against: {reference}.",
+        "note": f"KL divergence and top-1 agreement are against: {REFERENCE}.",
         "protocol": {**vars(protocol), "windows": len(samples)},
         "measured": measured,
+        "prefix_search": search.to_dict(tokenizer),
         "recipes": reports,
         "environment": environment(),
         "commit": commit(),

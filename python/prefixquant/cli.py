@@ -7,6 +7,7 @@ by this module, so that ``--help`` and mistyped flags answer at once.
 """
 
 import errno
+import os
 import sys
 import time
 from pathlib import Path
@@ -69,6 +70,8 @@ Seed = Annotated[int, typer.Option(help="Seed of the choice of windows.", min=0)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
+    # The libraries' own bars would run into ours; tqdm reads this when it is first imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     if version:
         from prefixquant import __version__
 
