@@ -29,4 +29,4 @@ def as_rows(x: Tensor) -> Tensor:
 
 def new_int8(x: Tensor) -> Tensor:
     """An uninitialised, contiguous int8 tensor of x's shape."""
-    return torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    return torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
