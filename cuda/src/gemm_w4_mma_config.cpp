@@ -12,6 +12,7 @@
 //     10240 x 8192  (T 160)    x1 18.54   x2 18.10      x4 15.67   x2 16.34
 //     28672 x 4096  (T 448)    x1 20.45   x2 21.69      x2 20.59   x4 22.29
 //     57344 x 8192  (T 896)    x1 77.87   x2 77.50      x4 76.36   x2 77.82
+//     4096 x 14336  (T 64)     x2 13.05                 x4 12.26   16 rows / 4 k-warps: x4 11.58
 //   M = 16                     64 rows                  128 rows
 //     4096 x 14336  (T 64)     x2 14.08   x4 17.65      x4 14.66
 //     10240 x 8192  (T 160)    x1 19.86   x2 21.54      x2 19.22   x4 21.94
@@ -42,6 +43,7 @@ struct Choice {
 
 Choice choose_gemv(int n, int k, int sm_count) {
   const int tiles = div_up(n, 64);
+  if (2 * tiles <= sm_count && k >= 8192) return {16, 4, 8, 4};
   for (const int splits : {1, 2}) {  // one wave of two CTAs of 16 warps an SM, nearly full
     const int ctas = tiles * splits;
     if (ctas >= sm_count * 7 / 5 && ctas <= 2 * sm_count) return {64, 4, 4, splits};

@@ -35,6 +35,7 @@ struct GemmW4MmaLaunch {
   int chunk_units;          // units per activation buffer, a multiple of kKWarps x kStages
   int chunk_buffers;        // 2, or 1 where one chunk is all
   int log2_splits;
+  bool late_trigger;        // let the next kernel start when the last loads have left, not at once
   bool weight_is_constant;  // prefetch weights before the previous kernel has finished
 };
 
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(G::kThreads)
     cp_async_commit();
   };
   fetch_chunk(0);
-  grid_dependency_launch();
+  if (!p.late_trigger) grid_dependency_launch();
   if (splits > 1) {
     if (threadIdx.x == 0)
       mbarrier_init_and_expect(barrier, mma_detail::received_bytes(tokens, G::kRows, splits));
@@ -187,6 +188,7 @@ __global__ void __launch_bounds__(G::kThreads)
     uint32_t x_group = smem_address(buffers) + (chunk & 1) * tokens * x_row_bytes + kUnitK * k_warp;
     const int first = chunk * chunk_iterations, last = min(first + chunk_iterations, my_units);
     for (int i = first; i < last; i += G::kStages) {
+      if (p.late_trigger && i + G::kStages >= my_units) grid_dependency_launch();
       if (i + G::kStages <= last) {  // no branches: units may overlap
 #pragma unroll
         for (int s = 0; s < G::kStages; ++s) {
