@@ -301,7 +301,10 @@ def main() -> None:
         for model in args.models.split(","):
             for _, n, k in MODELS[model]:
                 shapes.setdefault((n, k), []).append(model)
-    cutlass = ctypes.CDLL(str(args.cutlass)) if args.cutlass else None
+    cutlass = None
+    if args.cutlass:
+        ctypes.CDLL("libcuda.so.1", mode=ctypes.RTLD_GLOBAL)  # it leaves the driver to its user
+        cutlass = ctypes.CDLL(str(args.cutlass))
     read = read_bandwidth()
     print(f"pure read: {read / 1e12:.3f} TB/s", flush=True)
     cells = []

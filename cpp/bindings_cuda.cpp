@@ -16,7 +16,8 @@ void bind_cuda(py::module_& m) {
   m.def("unprepack_cuda", &pq::unprepack_cuda, arg("prepacked"), arg("bits"), arg("weight"),
         arg("stream"), nogil);
   m.def("gemm_config_cuda", &pq::gemm_config_cuda, arg("m"), arg("n"), arg("k"),
-        arg("weight_bits"), arg("activation_bits"), arg("sm_count"), arg("arch"));
+        arg("weight_bits"), arg("activation_bits"), arg("sm_count"), arg("arch"),
+        arg("family") = "");
   m.def("gemm_config_text", &pq::gemm_config_text, arg("config"));
   m.def("gemm_plan_cuda", &pq::gemm_plan_cuda, arg("m"), arg("n"), arg("k"), arg("weight_bits"),
         arg("activation_bits"), arg("device"));

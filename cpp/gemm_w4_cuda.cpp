@@ -137,14 +137,19 @@ void unprepack_cuda(const TensorView& prepacked, int64_t bits, const TensorView&
 }
 
 GemmConfigList gemm_config_cuda(int64_t m, int64_t n, int64_t k, int64_t weight_bits,
-                                int64_t activation_bits, int64_t sm_count, int64_t arch) {
+                                int64_t activation_bits, int64_t sm_count, int64_t arch,
+                                const std::string& family) {
   const char* op = "gemm_w4";
   check_bits(op, weight_bits);
   const GemmW4Shape shape{checked_int(op, "m", m), checked_int(op, "n", n),
                           checked_int(op, "k", k), static_cast<int>(weight_bits),
                           static_cast<int>(activation_bits)};
-  return to_list(choose_gemm_w4_config(shape, checked_int(op, "sm_count", sm_count),
-                                       checked_int(op, "arch", arch)));
+  const int sms = checked_int(op, "sm_count", sm_count), sm_arch = checked_int(op, "arch", arch);
+  if (family == "mma") return to_list(choose_gemm_w4_mma_config(shape, sms, sm_arch));
+  if (family == "wgmma") return to_list(choose_gemm_w4_sm90_config(shape, sms));
+  if (family == "mma_int4") return to_list(choose_gemm_w4_sm80_config(shape, sms));
+  PQ_CHECK(op, family.empty(), "family: expected mma, wgmma or mma_int4, got ", family);
+  return to_list(choose_gemm_w4_config(shape, sms, sm_arch));
 }
 
 std::string gemm_config_text(const GemmConfigList& config) {
@@ -167,7 +172,7 @@ std::pair<GemmConfigList, int64_t> gemm_plan_cuda(int64_t m, int64_t n, int64_t 
                                                   int64_t device) {
   const DeviceInfo info = cuda_device_info(static_cast<int>(device));
   const GemmConfigList config =
-      gemm_config_cuda(m, n, k, weight_bits, activation_bits, info.sm_count, info.arch);
+      gemm_config_cuda(m, n, k, weight_bits, activation_bits, info.sm_count, info.arch, "");
   return {config, gemm_workspace_cuda(m, n, k, weight_bits, config)};
 }
 

@@ -30,8 +30,10 @@ void unprepack_cuda(const TensorView& prepacked, int64_t bits, const TensorView&
 
 // kernel, block_rows, block_tokens, stages, cluster, grid, split_k, stream_k_tiles: GemmW4Config.
 using GemmConfigList = std::vector<int64_t>;
+// `family`: "" for the choice among all kernels, or "mma", "wgmma", "mma_int4" for that family's own.
 GemmConfigList gemm_config_cuda(int64_t m, int64_t n, int64_t k, int64_t weight_bits,
-                                int64_t activation_bits, int64_t sm_count, int64_t arch);
+                                int64_t activation_bits, int64_t sm_count, int64_t arch,
+                                const std::string& family);
 std::string gemm_config_text(const GemmConfigList& config);
 // The same for the current device, and the bytes of workspace it needs there.
 std::pair<GemmConfigList, int64_t> gemm_plan_cuda(int64_t m, int64_t n, int64_t k,
