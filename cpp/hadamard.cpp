@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// hadamard, hadamard_quantize, swiglu_hadamard_quantize: y = (H_k (x) H_{2^m}) / sqrt(2^m k) on each
-// block of block_size = 2^m k of the last dimension; kernels/hadamard.h fixes the order of additions.
+// hadamard, hadamard_quantize, swiglu_hadamard_quantize: y = (H_k (x) H_{2^m}) / sqrt(2^m k) on
+// each block of block_size = 2^m k of the last dimension; kernels/hadamard.h fixes the order of
+// additions.
 //   x, gate, up [..., C] floating, rows at one distance, block_size divides C; signs int8 [k, k] of
 //   +-1, absent for k = 1; y x's dtype, or q int8 after quantize_static of the float32 result.
 //   The swiglu form transforms silu(gate) * up, float32. block_size 1 transforms nothing.
@@ -10,7 +11,8 @@
 
 namespace prefixquant {
 
-using HadamardKernel = void(const HadamardRows&, int64_t row_begin, int64_t row_end, float* scratch);
+using HadamardKernel = void(const HadamardRows&, int64_t row_begin, int64_t row_end,
+                            float* scratch);
 PQ_KERNEL_TABLE(HadamardKernel, hadamard_rows);
 
 namespace {
@@ -23,8 +25,9 @@ HadamardRows plan_rows(const ArgumentChecker& check, const TensorView& x, const 
   params.x_stride = rows.stride;
   params.cols = rows.cols;
   params.hadamard = hadamard_params(check, signs, block_size);
-  PQ_CHECK(check.op, rows.cols % block_size == 0, name, ": expected a last dimension that block_size ",
-           block_size, " divides, got shape ", x.shape_text());
+  PQ_CHECK(check.op, rows.cols % block_size == 0, name,
+           ": expected a last dimension that block_size ", block_size, " divides, got shape ",
+           x.shape_text());
   return params;
 }
 
@@ -33,10 +36,9 @@ void run(const HadamardRows& params, int64_t rows) {
   const int64_t block = params.hadamard.block;
   const int64_t chunk = block > 1 ? block : kRowChunk;
   // A k x k product costs k additions an element; the butterflies and the rest about 4.
-  for_row_ranges(rows, params.cols * (4 + params.hadamard.k), 2 * (chunk + 16),
-                 [&](int64_t begin, int64_t end, float* scratch) {
-                   kernel(params, begin, end, scratch);
-                 });
+  for_row_ranges(
+      rows, params.cols * (4 + params.hadamard.k), 2 * (chunk + 16),
+      [&](int64_t begin, int64_t end, float* scratch) { kernel(params, begin, end, scratch); });
 }
 
 }  // namespace

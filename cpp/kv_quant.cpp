@@ -17,7 +17,8 @@ PQ_KERNEL_TABLE(KvKernel, kv_dequantize_rows);
 
 namespace {
 
-void check_last_dim_contiguous(const ArgumentChecker& check, const TensorView& t, const char* name) {
+void check_last_dim_contiguous(const ArgumentChecker& check, const TensorView& t,
+                               const char* name) {
   PQ_CHECK(check.op, t.size(-1) <= 1 || t.stride(-1) == 1, name,
            ": expected a contiguous last dimension, got shape ", t.shape_text(), " with stride ",
            t.stride(-1), " there");
@@ -36,7 +37,8 @@ void check_bits(const ArgumentChecker& check, int64_t bits) {
 }
 
 // A quantized tensor of `dim` values a row in [B, H, any, D/2 or D].
-void check_cache(const ArgumentChecker& check, const TensorView& q, const char* name, int64_t bits) {
+void check_cache(const ArgumentChecker& check, const TensorView& q, const char* name,
+                 int64_t bits) {
   check.on_cpu(q, name);
   check.dtype(q, name, bits == 4 ? DType::kUInt8 : DType::kInt8);
   check.rank(q, name, 4);
@@ -59,18 +61,20 @@ void quantize_into(const ArgumentChecker& check, const TensorView& x, const Tens
   check_last_dim_contiguous(check, x, "x");
   check_bits(check, bits);
   PQ_CHECK(check.op, x.size(3) >= 1 && (bits == 8 || x.size(3) % 2 == 0),
-           "x: expected a last dimension of at least 1, even for 4 bits, got shape ", x.shape_text());
+           "x: expected a last dimension of at least 1, even for 4 bits, got shape ",
+           x.shape_text());
   check_scale(check, scale, x.size(1));
   params.hadamard = hadamard_params(check, signs, block_size);
   PQ_CHECK(check.op, block_size == 1 || block_size == x.size(3),
-           "block_size: expected 1 or the last dimension of x ", x.shape_text(), ", got ", block_size);
+           "block_size: expected 1 or the last dimension of x ", x.shape_text(), ", got ",
+           block_size);
   check_cache(check, cache, cache_name, bits);
   check.size(cache, cache_name, 0, x.size(0));
   check.size(cache, cache_name, 1, x.size(1));
   check.size(cache, cache_name, 3, bits == 4 ? x.size(3) / 2 : x.size(3));
-  PQ_CHECK(check.op, position >= 0 && position + x.size(2) <= cache.size(2),
-           "position: expected ", x.size(2), " rows from position on to fit into ", cache_name, " ",
-           cache.shape_text(), ", got ", position);
+  PQ_CHECK(check.op, position >= 0 && position + x.size(2) <= cache.size(2), "position: expected ",
+           x.size(2), " rows from position on to fit into ", cache_name, " ", cache.shape_text(),
+           ", got ", position);
 
   params.heads = x.size(1);
   params.tokens = x.size(2);
@@ -82,10 +86,9 @@ void quantize_into(const ArgumentChecker& check, const TensorView& x, const Tens
   copy_strides(cache, params.q_strides);
   params.scale = scale.data<float>();
   const auto kernel = kv_quantize_rows_table.pick();
-  for_row_ranges(rows_of(x), params.dim * (4 + params.hadamard.k), 3 * (params.dim + 16),
-                 [&](int64_t begin, int64_t end, float* scratch) {
-                   kernel(params, begin, end, scratch);
-                 });
+  for_row_ranges(
+      rows_of(x), params.dim * (4 + params.hadamard.k), 3 * (params.dim + 16),
+      [&](int64_t begin, int64_t end, float* scratch) { kernel(params, begin, end, scratch); });
 }
 
 }  // namespace
@@ -103,7 +106,8 @@ void kv_append(const TensorView& x, const TensorView& scale, int64_t bits,
   quantize_into(check, x, scale, bits, signs, block_size, cache, "cache", position);
 }
 
-void kv_dequantize(const TensorView& q, const TensorView& scale, int64_t bits, const TensorView& y) {
+void kv_dequantize(const TensorView& q, const TensorView& scale, int64_t bits,
+                   const TensorView& y) {
   const ArgumentChecker check{"kv_dequantize"};
   check_bits(check, bits);
   check_cache(check, q, "q", bits);
@@ -125,10 +129,9 @@ void kv_dequantize(const TensorView& q, const TensorView& scale, int64_t bits, c
   params.scale = scale.data<float>();
   params.y = y.ptr;
   const auto kernel = kv_dequantize_rows_table.pick();
-  for_row_ranges(rows_of(q), 2 * params.dim, params.dim + 16,
-                 [&](int64_t begin, int64_t end, float* scratch) {
-                   kernel(params, begin, end, scratch);
-                 });
+  for_row_ranges(
+      rows_of(q), 2 * params.dim, params.dim + 16,
+      [&](int64_t begin, int64_t end, float* scratch) { kernel(params, begin, end, scratch); });
 }
 
 }  // namespace prefixquant

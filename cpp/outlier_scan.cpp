@@ -60,9 +60,8 @@ void outlier_scan(const TensorView& x, double eta, const TensorView& row_max,
 
   const AbsMaxRows params{x.ptr, x_type, rows.stride, row_max.data<float>(), rows.cols};
   const auto kernel = abs_max_rows_table.pick();
-  for_row_ranges(rows.rows, rows.cols, 0, [&](int64_t begin, int64_t end, float*) {
-    kernel(params, begin, end);
-  });
+  for_row_ranges(rows.rows, rows.cols, 0,
+                 [&](int64_t begin, int64_t end, float*) { kernel(params, begin, end); });
   const float middle = lower_median(params.row_max, rows.rows);
   *median.data<float>() = middle;
   bool* flags = is_outlier.data<bool>();

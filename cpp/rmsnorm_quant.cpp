@@ -19,8 +19,8 @@ void rmsnorm_quantize(const TensorView& x, const OptionalTensor& weight, double 
   check.on_cpu(x, "x");
   const FloatType x_type = float_type(check, x, "x");
   const RowView rows(check, x, "x");
-  RmsnormQuantizeRows params{x.ptr, x_type, rows.stride, nullptr, FloatType::kFloat32, eps,
-                             nullptr, rows.cols, {}};
+  RmsnormQuantizeRows params{x.ptr, x_type,  rows.stride, nullptr, FloatType::kFloat32,
+                             eps,   nullptr, rows.cols,   {}};
   if (weight) {
     check.on_cpu(*weight, "weight");
     params.weight_type = float_type(check, *weight, "weight");
@@ -35,10 +35,9 @@ void rmsnorm_quantize(const TensorView& x, const OptionalTensor& weight, double 
   params.q = q.data<int8_t>();
 
   const auto kernel = rmsnorm_quantize_rows_table.pick();
-  for_row_ranges(rows.rows, 2 * rows.cols, rows.cols + 16,
-                 [&](int64_t begin, int64_t end, float* scratch) {
-                   kernel(params, begin, end, scratch);
-                 });
+  for_row_ranges(
+      rows.rows, 2 * rows.cols, rows.cols + 16,
+      [&](int64_t begin, int64_t end, float* scratch) { kernel(params, begin, end, scratch); });
 }
 
 }  // namespace prefixquant

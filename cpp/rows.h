@@ -65,9 +65,9 @@ inline QuantizerParams quantizer_params(const ArgumentChecker& check, const Tens
   return {1.0f / *scale.data<float>(), -qmax - 1.0f, qmax};
 }
 
-// Checks (signs, block_size) and regroups the sign matrix for the kernel: float32, groups of 4 rows,
-// and inside a group all four signs of a column together. The regrouped matrix lives in the calling
-// thread's scratch until its next plan.
+// Checks (signs, block_size) and regroups the sign matrix for the kernel: float32, groups of 4
+// rows, and inside a group all four signs of a column together. The regrouped matrix lives in the
+// calling thread's scratch until its next plan.
 inline HadamardParams hadamard_params(const ArgumentChecker& check, const OptionalTensor& signs,
                                       int64_t block_size) {
   constexpr int64_t kGroup = 4;
@@ -98,13 +98,14 @@ inline HadamardParams hadamard_params(const ArgumentChecker& check, const Option
   }
   const int64_t pow2 = block_size / k;
   PQ_CHECK(check.op, pow2 * k == block_size && pow2 > 0 && (pow2 & (pow2 - 1)) == 0,
-           "block_size: expected a power of two times ", k, " (the size of signs), got ", block_size);
+           "block_size: expected a power of two times ", k, " (the size of signs), got ",
+           block_size);
   return {block_size, pow2, k, regrouped,
           static_cast<float>(1.0 / std::sqrt(static_cast<double>(block_size)))};
 }
 
-// Calls run(row_begin, row_end, scratch) on contiguous parts of the rows, one a thread; `scratch` has
-// room for scratch_floats and belongs to the thread. `elements_per_row` weighs the work: below
+// Calls run(row_begin, row_end, scratch) on contiguous parts of the rows, one a thread; `scratch`
+// has room for scratch_floats and belongs to the thread. `elements_per_row` weighs the work: below
 // kSerialElements the rows are done here, because waking a thread takes 2 to 10 us.
 template <typename Run>
 void for_row_ranges(int64_t rows, int64_t elements_per_row, int64_t scratch_floats, Run&& run) {

@@ -9,7 +9,7 @@ import torch
 from cases import SIGN_SIZES
 from prefixquant import hadamard
 from prefixquant.errors import UnsupportedModelError, UserError
-from prefixquant.hadamard import hadamard_matrix, hadamard_signs, split_size
+from prefixquant.hadamard import apply_hadamard, hadamard_matrix, hadamard_signs, split_size
 
 # SHA-256 of the int8 bytes. Rotated weights are stored in checkpoints and the rotation of the
 # activations is rebuilt from these matrices: a new digest means unreadable old checkpoints.
@@ -127,3 +127,10 @@ def test_matrix_is_orthonormal(n):
     assert h.dtype == torch.float64
     assert (h @ h.T - torch.eye(n, dtype=torch.float64)).abs().max() < 1e-12
     assert hadamard_matrix(n, torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("n", [1, 64, 96])
+def test_apply_is_the_matrix(n):
+    x = torch.randn(5, 192)
+    exact = (x.double().view(5, -1, n) @ hadamard_matrix(n).T).view(5, 192)
+    assert (apply_hadamard(x, n) - exact).abs().max() < 1e-5

@@ -35,11 +35,11 @@ def test_hadamard_is_the_matrix(size):
 
 
 def test_exp_error():
-    """Over all of [-87, 88] in steps of 2^-13: at most 1.2 ulp (measured 1.10)."""
+    """Over all of [-87, 88] in steps of 2^-13: at most 1 ulp (measured 0.97)."""
     x = torch.arange(-87 * 2**13, 88 * 2**13).float() / 2**13
     exact = x.double().exp()
     ulp = torch.exp2(exact.log2().floor() - 23)
-    assert ((reference.exp_float32(x) - exact).abs() / ulp).max() < 1.2
+    assert ((reference.exp_float32(x) - exact).abs() / ulp).max() < 1.0
 
 
 def test_exp_at_the_ends():
@@ -54,11 +54,11 @@ def test_exp_at_the_ends():
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_silu_error(dtype):
-    """Within 2.5e-7 relative of the exact silu where that is a normal number."""
+    """Within 2e-7 relative of the exact silu (measured 1.54e-7)."""
     g = torch.linspace(-80, 80, 100001).to(dtype)
     exact = torch.nn.functional.silu(g.double())
     error = (reference.silu_float32(g.float()) - exact).abs()
-    assert (error <= 2.5e-7 * exact.abs()).all()
+    assert (error <= 2e-7 * exact.abs()).all()
 
 
 def test_outlier_scan_by_hand():

@@ -19,7 +19,8 @@ PQ_INLINE void swiglu_row(const T* gate, const T* up, float* to, int64_t count) 
     store(to + c, silu_lanes(load_float(gate + c)) * load_float(up + c));
   }
   if (c < count) {
-    store(to + c, silu_lanes(load_float_tail(gate + c, count - c)) * load_float_tail(up + c, count - c));
+    store(to + c,
+          silu_lanes(load_float_tail(gate + c, count - c)) * load_float_tail(up + c, count - c));
   }
 }
 
@@ -54,9 +55,8 @@ void hadamard_rows(const HadamardRows& p, int64_t row_begin, int64_t row_end, fl
         } else {
           load_row(x + x_offset, first, count);
         }
-        const TransformedBlock y = p.hadamard.block > 1
-                                       ? hadamard_block(first, second, p.hadamard)
-                                       : TransformedBlock{first, 1.0f};
+        const TransformedBlock y = p.hadamard.block > 1 ? hadamard_block(first, second, p.hadamard)
+                                                        : TransformedBlock{first, 1.0f};
         if (p.quantized) {
           quantize_block(y, static_cast<int8_t*>(p.y) + y_offset, count, p.quantizer);
         } else {

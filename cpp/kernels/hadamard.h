@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // Computes y = (H_k (x) H_{2^m}) x / sqrt(2^m k) of one block in place, float32.
 //
-// Layout: the block is [k, 2^m], k outer. Order of the additions, part of the operation's definition:
-// butterflies (a + b, a - b) over the 2^m part with distance h = 1, 2, 4, ..., then for each output
-// row i the sum over j = 0..k-1 of sign[i, j] * x[j, :], then one multiplication by `norm`.
-// Several butterfly stages are done in registers at a time; that changes no operand of any addition.
+// Layout: the block is [k, 2^m], k outer. Order of the additions, part of the operation's
+// definition: butterflies (a + b, a - b) over the 2^m part with distance h = 1, 2, 4, ..., then for
+// each output row i the sum over j = 0..k-1 of sign[i, j] * x[j, :], then one multiplication by
+// `norm`. Several butterfly stages are done in registers at a time; that changes no operand of any
+// addition.
 #pragma once
 
 #include "quantize.h"
 
 PQ_ISA_NAMESPACE_BEGIN
 
-constexpr int kSignRows = 4;  // rows of the sign matrix that are summed together; 4 divides every k > 2
+// Rows of the sign matrix that are summed together; 4 divides every k > 2.
+constexpr int kSignRows = 4;
 
 // Lane i of the result is lane i ^ H of v.
 template <int H>
@@ -27,8 +29,8 @@ PQ_INLINE Floats<kLanes> swap_lanes(Floats<kLanes> v) {
 #endif
 }
 
-// One butterfly stage inside a register: the upper lane of a pair computes a - b as a + (-b), which is
-// the same IEEE operation.
+// One butterfly stage inside a register: the upper lane of a pair computes a - b as a + (-b), which
+// is the same IEEE operation.
 template <int H>
 PQ_INLINE Floats<kLanes> butterfly_lanes(Floats<kLanes> v) {
 #if defined(__AVX512F__)
@@ -96,7 +98,8 @@ PQ_INLINE void first_pass(float* x, int64_t total) {
   }
 }
 
-// FWHT of every group of pow2 consecutive floats among `total` (a multiple of pow2; padded to kLanes).
+// FWHT of every group of pow2 consecutive floats among `total` (a multiple of pow2; padded to
+// kLanes).
 PQ_INLINE void fwht(float* x, int64_t total, int64_t pow2) {
   int64_t h;  // the next distance
   if (pow2 >= 8 * kLanes) {
@@ -127,7 +130,8 @@ PQ_INLINE V add_signed(V acc, float sign, V x) {
 }
 #if defined(__AVX512F__)
 template <>
-inline __attribute__((always_inline)) Floats<16> add_signed(Floats<16> acc, float sign, Floats<16> x) {
+inline
+    __attribute__((always_inline)) Floats<16> add_signed(Floats<16> acc, float sign, Floats<16> x) {
   return (Floats<16>)_mm512_fmadd_ps(_mm512_set1_ps(sign), (__m512)x, (__m512)acc);
 }
 #endif
@@ -164,15 +168,15 @@ PQ_INLINE void sign_pass(const float* x, float* y, const HadamardParams& p) {
   }
 }
 
-// Where a transformed block is and what is left to do: multiply by `factor` (1, which is exact, when
-// it is done already).
+// Where a transformed block is and what is left to do: multiply by `factor` (1, which is exact,
+// when it is done already).
 struct TransformedBlock {
   const float* data;
   float factor;
 };
 
-// One block of p.block floats in `x`, padded with anything to a multiple of kLanes. The result is in
-// `x` itself when k = 1, otherwise in `y` (as large as x, not overlapping).
+// One block of p.block floats in `x`, padded with anything to a multiple of kLanes. The result is
+// in `x` itself when k = 1, otherwise in `y` (as large as x, not overlapping).
 PQ_INLINE TransformedBlock hadamard_block(float* x, float* y, const HadamardParams& p) {
   fwht(x, p.block, p.pow2);
   if (p.k == 1) return {x, p.norm};

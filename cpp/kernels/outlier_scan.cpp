@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // row_max[t] = max_c |x[t, c]|.
-// Without the sign bit the bit patterns of a float order as the values do, with infinity above every
-// number and NaN above infinity: an integer maximum is exact and lets a NaN through, as torch.amax.
+// Without the sign bit the bit patterns of a float order as the values do, with infinity above
+// every number and NaN above infinity: an integer maximum is exact and lets a NaN through, as
+// torch.amax.
 #include "simd.h"
 
 PQ_ISA_NAMESPACE_BEGIN
@@ -43,7 +44,8 @@ void abs_max_rows(const AbsMaxRows& p, int64_t row_begin, int64_t row_end) {
     } else {
       const int16_t* x = static_cast<const int16_t*>(p.x) + row * p.x_stride;
       const uint16_t bits = max_magnitude<int16_t, 2 * kLanes>(x, p.cols, 0x7FFF);
-      result = p.x_type == FloatType::kBFloat16 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
+      result =
+          p.x_type == FloatType::kBFloat16 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
     }
   }
 }

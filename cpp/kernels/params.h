@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the row kernels are told: plain structs, filled by the operation's .cpp file and read by every
-// compiled copy of the kernel. Strides are in elements.
+// What the row kernels are told: plain structs, filled by the operation's .cpp file and read by
+// every compiled copy of the kernel. Strides are in elements.
 #pragma once
 
 #include <cstdint>
@@ -74,8 +74,8 @@ struct AbsMaxRows {
 struct KvRows {
   int64_t heads;
   int64_t tokens;
-  int64_t dim;  // D, of the unpacked rows
-  int bits;  // 4: two values a byte, even index in the low nibble; 8: int8
+  int64_t dim;    // D, of the unpacked rows
+  int bits;       // 4: two values a byte, even index in the low nibble; 8: int8
   const void* x;  // [B, H, T, D], D contiguous
   FloatType x_type;
   int64_t x_strides[3];

@@ -51,8 +51,7 @@ PQ_INLINE void store_int8_step(int8_t* to, Ints<kLanes> a, Ints<kLanes> b, Ints<
 #if defined(__AVX512BW__)
   const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32((__m512i)a, (__m512i)b),
                                            _mm512_packs_epi32((__m512i)c, (__m512i)d));
-  const __m512i order =
-      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, bytes));
 #elif defined(__AVX2__)
   const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32((__m256i)a, (__m256i)b),
@@ -60,9 +59,8 @@ PQ_INLINE void store_int8_step(int8_t* to, Ints<kLanes> a, Ints<kLanes> b, Ints<
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   _mm256_storeu_si256((__m256i*)to, _mm256_permutevar8x32_epi32(bytes, order));
 #elif defined(__SSE2__)
-  _mm_storeu_si128((__m128i*)to,
-                   _mm_packs_epi16(_mm_packs_epi32((__m128i)a, (__m128i)b),
-                                   _mm_packs_epi32((__m128i)c, (__m128i)d)));
+  _mm_storeu_si128((__m128i*)to, _mm_packs_epi16(_mm_packs_epi32((__m128i)a, (__m128i)b),
+                                                 _mm_packs_epi32((__m128i)c, (__m128i)d)));
 #else
   store_int8(to, a);
   store_int8(to + kLanes, b);
@@ -71,8 +69,8 @@ PQ_INLINE void store_int8_step(int8_t* to, Ints<kLanes> a, Ints<kLanes> b, Ints<
 #endif
 }
 
-// q[c] = quantize(lanes(c, n)[..]): `lanes(c, n)` gives the float32 values of elements c .. c + n - 1,
-// n = kLanes except for the last, shorter piece of the row.
+// q[c] = quantize(lanes(c, n)[..]): `lanes(c, n)` gives the float32 values of elements c .. c + n -
+// 1, n = kLanes except for the last, shorter piece of the row.
 template <typename Lanes>
 PQ_INLINE void quantize_each(int8_t* q, int64_t count, QuantizerParams p, Lanes&& lanes) {
   int64_t c = 0;
@@ -107,8 +105,8 @@ PQ_INLINE void pack_row(const int8_t* q, uint8_t* packed, int64_t count) {
     const Shorts<kPairs> byte = (pair & 0x0F) | ((pair >> 4) & 0xF0);
 #if defined(__AVX2__) && !defined(__AVX512F__)
     const __m256i v = (__m256i)byte;
-    _mm_storeu_si128((__m128i*)(packed + i), _mm_packus_epi16(_mm256_castsi256_si128(v),
-                                                              _mm256_extracti128_si256(v, 1)));
+    _mm_storeu_si128((__m128i*)(packed + i),
+                     _mm_packus_epi16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
 #else
     store(packed + i, __builtin_convertvector(byte, Bytes<kPairs>));
 #endif
@@ -125,9 +123,11 @@ PQ_INLINE void unpack_row(const uint8_t* packed, int8_t* q, int64_t count) {
     const auto byte =
         (Shorts<kPairs>)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(packed + i)));
 #elif defined(__AVX2__)
-    const auto byte = (Shorts<kPairs>)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(packed + i)));
+    const auto byte =
+        (Shorts<kPairs>)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(packed + i)));
 #else
-    const auto byte = __builtin_convertvector(load<UnsignedBytes<kPairs>>(packed + i), Shorts<kPairs>);
+    const auto byte =
+        __builtin_convertvector(load<UnsignedBytes<kPairs>>(packed + i), Shorts<kPairs>);
 #endif
     const Shorts<kPairs> pair = (byte & 0x0F) | ((byte & 0xF0) << 4);
     // Sign extension of both nibbles at once: (n ^ 8) - 8 in every byte.

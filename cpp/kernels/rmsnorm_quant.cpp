@@ -67,9 +67,8 @@ void rmsnorm_quantize_rows(const RmsnormQuantizeRows& p, int64_t row_begin, int6
     if (in_place) {
       x = static_cast<const float*>(p.x) + row * p.x_stride;
     } else {
-      with_float_type(p.x_type, p.x, [&](auto* from) {
-        load_row(from + row * p.x_stride, scratch, p.cols);
-      });
+      with_float_type(p.x_type, p.x,
+                      [&](auto* from) { load_row(from + row * p.x_stride, scratch, p.cols); });
     }
     const double mean = sum_of_squares(x, padded) / static_cast<double>(p.cols);
     const float rstd = static_cast<float>(1.0 / __builtin_sqrt(mean + p.eps));

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Lanes: the vector types of the kernels, their loads and stores, and the conversions between float32
-// and the 16-bit floats. Compiler vector extensions (GCC, Clang) instead of one file of intrinsics an
-// ISA: an operator on a vector is the same IEEE operation in every lane, so every instruction set
-// rounds alike by construction. Lane counts may differ between ISAs because nothing here reduces
-// across lanes.
+// Lanes: the vector types of the kernels, their loads and stores, and the conversions between
+// float32 and the 16-bit floats. Compiler vector extensions (GCC, Clang) instead of one file of
+// intrinsics an ISA: an operator on a vector is the same IEEE operation in every lane, so every
+// instruction set rounds alike by construction. Lane counts may differ between ISAs because nothing
+// here reduces across lanes.
 #pragma once
 
 #include <cstdint>
@@ -88,8 +88,8 @@ PQ_INLINE Words<kLanes> load_widened(const uint16_t* from) {
 PQ_INLINE void store_narrowed(uint16_t* to, Words<kLanes> value) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   const __m256i v = (__m256i)value;
-  _mm_storeu_si128((__m128i*)to, _mm_packus_epi32(_mm256_castsi256_si128(v),
-                                                  _mm256_extracti128_si256(v, 1)));
+  _mm_storeu_si128((__m128i*)to,
+                   _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
 #else
   store(to, __builtin_convertvector(value, Shorts<kLanes>));
 #endif
@@ -138,8 +138,8 @@ PQ_INLINE Floats<kLanes> load_float(const Float16* from) {
   // makes NaNs quiet, so the software form does.
   const Words<kLanes> special = (Words<kLanes>)(magnitude >= 0x7C00u);
   const Words<kLanes> is_nan = (Words<kLanes>)(magnitude > 0x7C00u);
-  const Words<kLanes> normal = ((magnitude << 13) + (112u << 23) + (special & (112u << 23))) |
-                               (is_nan & 0x00400000u);
+  const Words<kLanes> normal =
+      ((magnitude << 13) + (112u << 23) + (special & (112u << 23))) | (is_nan & 0x00400000u);
   // Subnormals are magnitude * 2^-24, exact in float32.
   const Floats<kLanes> tiny =
       __builtin_convertvector((Ints<kLanes>)magnitude, Floats<kLanes>) * 0x1p-24f;
@@ -191,9 +191,12 @@ PQ_INLINE void load_row(const T* from, float* to, int64_t count) {
 template <typename Fn>
 PQ_INLINE void with_float_type(FloatType type, const void* data, Fn&& fn) {
   switch (type) {
-    case FloatType::kFloat32: return fn(static_cast<const float*>(data));
-    case FloatType::kBFloat16: return fn(static_cast<const BFloat16*>(data));
-    case FloatType::kFloat16: return fn(static_cast<const Float16*>(data));
+    case FloatType::kFloat32:
+      return fn(static_cast<const float*>(data));
+    case FloatType::kBFloat16:
+      return fn(static_cast<const BFloat16*>(data));
+    case FloatType::kFloat16:
+      return fn(static_cast<const Float16*>(data));
   }
 }
 

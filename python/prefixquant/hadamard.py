@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from prefixquant.errors import UnsupportedModelError
+from prefixquant.ops import hadamard
 
 # The k part costs k additions an element; beyond this a size is refused rather than made slow.
 MAX_SIGNS_SIZE = 2048
@@ -311,34 +312,11 @@ def hadamard_matrix(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return (signs / math.sqrt(n)).to(dtype)
 
 
-def hadamard_transform(x: Tensor, block_size: int, inverse: bool = False) -> Tensor:
-    """``x @ H.T`` (``x @ H`` for the inverse) on each block of the last dimension, in x's dtype.
+def apply_hadamard(x: Tensor, block_size: int) -> Tensor:
+    """``x @ H.T`` on each block of the last dimension, H = `hadamard_matrix(block_size)`.
 
-    For rotating weights offline in float64 without an n x n matrix: rows of W [N, K] rotated this
-    way undo a Hadamard on the activations, ``(x H^T) (W H^T)^T = x W^T``. On the online path use
-    ``prefixquant.ops.hadamard``.
-
-    Args:
-        x: floating [..., C], C a multiple of block_size; any device.
-        block_size: n = 2^m k of `split_size`.
-
-    Returns:
-        A new tensor of x's shape and dtype.
+    The operation ``hadamard`` with its signs looked up: float32 arithmetic, any of its dtypes.
+    Offline rotations in float64 are `prefixquant.rotate`'s.
     """
-    pow2, k = split_size(block_size)
-    if x.shape[-1] % block_size:
-        raise ValueError(
-            f"hadamard_transform: x: expected a last dimension that is a multiple of {block_size}, "
-            f"got shape {list(x.shape)}"
-        )
-    blocks = x.reshape(-1, k, pow2)
-    width = 1
-    while width < pow2:
-        pairs = blocks.reshape(-1, 2, width)
-        blocks = torch.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), dim=1)
-        width *= 2
-    blocks = blocks.reshape(-1, k, pow2)
-    if k > 1:
-        signs = hadamard_signs(k).to(device=x.device, dtype=x.dtype)
-        blocks = (signs.T if inverse else signs) @ blocks
-    return (blocks / math.sqrt(block_size)).reshape(x.shape)
+    k = split_size(block_size)[1]
+    return hadamard(x, hadamard_signs(k).to(x.device) if k > 1 else None, block_size)
