@@ -98,16 +98,17 @@ static void unpack_k(const uint8_t* k, int64_t stride, int64_t count, int64_t di
   constexpr int kPerWord = 32 / BITS;
   const int64_t bytes = dim * BITS / 8;
   const int64_t whole = bytes / 4;
-  for (int64_t t = 0; t < kBlock; ++t) {
+  for (int64_t t = 0; t < count; ++t) {
     const uint8_t* row = k + t * stride;
-    for (int64_t j = 0; j < whole; ++j) {
-      w.words[j * kBlock + t] = t < count ? load<uint32_t>(row + 4 * j) : 0u;
-    }
+    for (int64_t j = 0; j < whole; ++j) w.words[j * kBlock + t] = load<uint32_t>(row + 4 * j);
     if (bytes % 4) {
       uint32_t last = 0;
-      if (t < count) __builtin_memcpy(&last, row + 4 * whole, bytes % 4);
+      __builtin_memcpy(&last, row + 4 * whole, bytes % 4);
       w.words[whole * kBlock + t] = last;
     }
+  }
+  for (int64_t t = count; t < kBlock; ++t) {
+    for (int64_t j = 0; j < (bytes + 3) / 4; ++j) w.words[j * kBlock + t] = 0;
   }
   for (int64_t d0 = 0; d0 < dim; d0 += kPerWord) {
     for (int64_t i = 0; i < kBlockVectors; ++i) {
@@ -121,9 +122,20 @@ static void unpack_k(const uint8_t* k, int64_t stride, int64_t count, int64_t di
   }
 }
 
+// kLanes signed bytes, widened. (GCC 12 turns the vector conversion into one insertion a lane.)
+PQ_INLINE IntV load_bytes(const uint8_t* from) {
+#if defined(PQ_ISA_avx512) || defined(PQ_ISA_amx)
+  return (IntV)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(PQ_ISA_avx2)
+  return (IntV)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+  return __builtin_convertvector(load<Bytes<kLanes> >(from), IntV);
+#endif
+}
+
 template <int BITS>
-PQ_INLINE void unpack_v_lanes(Bytes<kLanes> packed, float* to, int64_t half_width) {
-  const IntV wide = __builtin_convertvector(packed, IntV);
+PQ_INLINE void unpack_v_lanes(const uint8_t* from, float* to, int64_t half_width) {
+  const IntV wide = load_bytes(from);
   if constexpr (BITS == 4) {
     store(to, __builtin_convertvector(wide << 28 >> 28, FloatV));
     store(to + half_width, __builtin_convertvector(wide >> 4, FloatV));
@@ -141,12 +153,12 @@ static void unpack_v(const uint8_t* v, int64_t stride, int64_t count, int64_t di
     float* to = w.v_panel + t * w.width;
     int64_t c = 0;
     for (; c + kLanes <= bytes; c += kLanes) {
-      unpack_v_lanes<BITS>(load<Bytes<kLanes>>(row + c), to + c, w.half_width);
+      unpack_v_lanes<BITS>(row + c, to + c, w.half_width);
     }
     if (c < bytes) {
       uint8_t padded[kLanes] = {};
       __builtin_memcpy(padded, row + c, bytes - c);
-      unpack_v_lanes<BITS>(load<Bytes<kLanes>>(padded), to + c, w.half_width);
+      unpack_v_lanes<BITS>(padded, to + c, w.half_width);
     }
   }
 }
@@ -210,14 +222,6 @@ static void accumulate_rows(const Workspace& w, int64_t row0, int64_t count) {
   }
 }
 
-// Calls four(first row) for whole tiles of rows and one(row) for the rest.
-template <typename Visit4, typename Visit1>
-PQ_INLINE void for_row_tiles(int64_t rows, Visit4&& four, Visit1&& one) {
-  int64_t r = 0;
-  for (; r + kTileRows <= rows; r += kTileRows) four(r);
-  for (; r < rows; ++r) one(r);
-}
-
 // Logits of one row and block -> probabilities relative to the row's running maximum, times
 // v_scale. Entries that are not attended are -inf on entry and 0 on return.
 PQ_INLINE void softmax_block(Workspace& w, int64_t row, float v_scale) {
@@ -246,15 +250,41 @@ PQ_INLINE void softmax_block(Workspace& w, int64_t row, float v_scale) {
 
 static void attend_block(Workspace& w, int64_t rows, int64_t count, float v_scale) {
   for (int64_t r = 0; r < rows; ++r) softmax_block(w, r, v_scale);
-  for_row_tiles(
-      rows, [&](int64_t r) { accumulate_rows<kTileRows>(w, r, count); },
-      [&](int64_t r) { accumulate_rows<1>(w, r, count); });
+  for (int64_t r = 0; r < rows; r += kTileRows) {
+    switch (rows - r) {
+      case 1:
+        accumulate_rows<1>(w, r, count);
+        break;
+      case 2:
+        accumulate_rows<2>(w, r, count);
+        break;
+      case 3:
+        accumulate_rows<3>(w, r, count);
+        break;
+      default:
+        accumulate_rows<kTileRows>(w, r, count);
+        break;
+    }
+  }
 }
 
 static void score_block(Workspace& w, int64_t rows, int64_t dim, float factor) {
-  for_row_tiles(
-      rows, [&](int64_t r) { score_rows<kTileRows>(w, r, dim, factor); },
-      [&](int64_t r) { score_rows<1>(w, r, dim, factor); });
+  for (int64_t r = 0; r < rows; r += kTileRows) {
+    switch (rows - r) {
+      case 1:
+        score_rows<1>(w, r, dim, factor);
+        break;
+      case 2:
+        score_rows<2>(w, r, dim, factor);
+        break;
+      case 3:
+        score_rows<3>(w, r, dim, factor);
+        break;
+      default:
+        score_rows<kTileRows>(w, r, dim, factor);
+        break;
+    }
+  }
 }
 
 // ---- one task ----
