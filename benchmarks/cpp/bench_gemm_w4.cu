@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Microbenchmark and checker of the low-bit GEMM family; needs no Python.
-//   bench_gemm_w4 check            every tile of every kernel against a plain GPU reference
-//   bench_gemm_w4 sweep [bits]     every tile and split on every shape: raw material of the config
-//                                  choice
-//   bench_gemm_w4 bench [bits] [ms]  the chosen config against cuBLASLt FP16 and FP8 and CUTLASS
-//                                  int8, with ratios and geometric means
+//   bench_gemm_w4 check                  every Hopper tile and epilogue against a plain reference
+//   bench_gemm_w4 check-few              the same on two small shapes, for compute-sanitizer
+//   bench_gemm_w4 sweep [bits] [M,M,..] [window]  every tile and split on every shape: what the
+//                                        table in gemm_w4_sm90_config.cpp is fitted to
+//   bench_gemm_w4 epilogues [bits] [M,M,..] [window]  the fused epilogues against the plain one
+//   bench_gemm_w4 bench [bits] [M,M,..] [window]  the chosen config against cuBLASLt FP16 and
+//                                        CUTLASS int8, with ratios and geometric means
+// Window: milliseconds of measurement a cell. An H100 at full int8 rate throttles within tens of
+// milliseconds, by up to 10 %: compare cells of one window only.
 // Weights rotate so that they come from memory, not from L2; launches are replayed from a CUDA
-// graph; 16-bit and FP8 peers get Gaussian data, weights are Gaussian rounded to their grid.
+// graph; FP16 gets Gaussian data, integer weights are Gaussian rounded to their grid.
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_fp8.h>
 
 #include <algorithm>
 #include <cmath>
@@ -41,7 +45,7 @@ __device__ inline float gaussian(uint64_t seed, int64_t i) {
   return sqrtf(-2.0f * __logf(u)) * __cosf(6.2831853f * v);
 }
 
-enum class Fill { kHalf, kFp8, kInt8, kInt4Pairs, kFloatPositive };
+enum class Fill { kHalf, kInt8, kInt4Pairs, kFloatPositive };
 
 // Gaussian times `sigma`; integers are clamped to [low, high].
 __global__ void fill_kernel(void* data, int64_t count, Fill kind, float sigma, int low, int high,
@@ -52,7 +56,6 @@ __global__ void fill_kernel(void* data, int64_t count, Fill kind, float sigma, i
     const auto level = [&](float v) { return min(max(__float2int_rn(v), low), high); };
     switch (kind) {
       case Fill::kHalf: static_cast<__half*>(data)[i] = __float2half(g); break;
-      case Fill::kFp8: static_cast<__nv_fp8_e4m3*>(data)[i] = __nv_fp8_e4m3(g); break;
       case Fill::kInt8: static_cast<int8_t*>(data)[i] = static_cast<int8_t>(level(g)); break;
       case Fill::kInt4Pairs: {
         const float other = gaussian(seed, 2 * i + 1) * sigma;
@@ -114,13 +117,13 @@ struct TileChoice {
 };
 const std::vector<TileChoice>& tiles(int bits) {
   static const std::vector<TileChoice> w4 = {
-      {128, 256, 1, 1}, {128, 256, 2, 1}, {128, 192, 2, 1}, {128, 128, 1, 1}, {128, 128, 2, 1},
-      {128, 128, 1, 2}, {128, 128, 1, 4}, {128, 96, 1, 1}, {128, 96, 1, 2}, {256, 64, 1, 1},
-      {128, 64, 1, 1}, {128, 64, 2, 1}, {128, 64, 1, 2}, {128, 64, 1, 4}, {256, 32, 1, 1},
+      {128, 256, 2, 1}, {128, 192, 2, 1}, {128, 128, 1, 1}, {128, 128, 2, 1},
+      {128, 128, 1, 2}, {128, 96, 1, 1}, {128, 96, 1, 2}, {256, 64, 1, 1},
+      {128, 64, 1, 1}, {128, 64, 2, 1}, {128, 64, 1, 2}, {256, 32, 1, 1},
       {128, 32, 1, 1}, {128, 32, 1, 2}, {128, 16, 1, 1}};
   static const std::vector<TileChoice> w8 = {
-      {128, 256, 1, 1}, {128, 256, 2, 1}, {128, 192, 2, 1}, {128, 128, 1, 1}, {128, 128, 2, 1},
-      {128, 128, 1, 2}, {128, 64, 1, 1}, {128, 64, 1, 2}, {128, 64, 1, 4}, {128, 32, 1, 1},
+      {128, 256, 2, 1}, {128, 192, 2, 1}, {128, 128, 1, 1}, {128, 128, 2, 1},
+      {128, 128, 1, 2}, {128, 64, 1, 1}, {128, 64, 1, 2}, {128, 32, 1, 1},
       {128, 32, 1, 2}, {128, 16, 1, 1}};
   return bits == 4 ? w4 : w8;
 }
@@ -170,17 +173,22 @@ struct Failure {
 class Checker {
  public:
   explicit Checker(int sm_count) : sm_count_(sm_count) {}
-  bool run() {
-    const int shapes[][3] = {{1, 64, 64},     {3, 192, 576},   {17, 576, 1536}, {137, 1000, 576},
-                             {300, 333, 592}, {64, 4096, 4096}, {513, 2050, 11008}, {256, 640, 18944}};
+  // `few`: two small shapes, for runs under compute-sanitizer.
+  bool run(bool few) {
+    few_ = few;
+    const int shapes[][3] = {{17, 576, 1536},  {300, 333, 592},    {1, 64, 64},
+                             {3, 192, 576},    {137, 1000, 576},   {64, 4096, 4096},
+                             {513, 2050, 11008}, {256, 640, 18944}};
     for (int bits : {4, 8})
-      for (const auto& s : shapes) check_shape(s[0], s[1], s[2], bits);
+      for (int i = 0; i < (few ? 2 : 8); ++i)
+        check_shape(shapes[i][0], shapes[i][1], shapes[i][2], bits);
     std::printf("check: %d launches, %d failed\n", launches_, failed_);
     return failed_ == 0;
   }
 
  private:
   int sm_count_;
+  bool few_ = false;
   int launches_ = 0;
   int failed_ = 0;
 
@@ -237,6 +245,7 @@ class Checker {
         // 6: quantize, 7: SwiGLU + quantize
         for (int mode = 0; mode < 8; ++mode) {
           if ((mode == 5 || mode == 7) && n % 2 != 0) continue;
+          if (few_ && mode != 0 && mode != 4 && mode != 7) continue;
           // The host compares: every epilogue on the small shapes, sums and float16 on all.
           if (mode != 0 && mode != 2 && int64_t{m} * n > 120000) continue;
           static const GemmDtype dtypes[8] = {GemmDtype::kInt32,    GemmDtype::kFloat32,
@@ -398,12 +407,10 @@ struct Bench {
     weights.fill(Fill::kHalf, 0.02f, 0, 0, 13, weights.size / 2);
     x.fill(Fill::kHalf, 1.0f, 0, 0, 14, x.size / 2);
   }
-  void fill_fp8() {
-    weights.fill(Fill::kFp8, 1.0f, 0, 0, 15);
-    x.fill(Fill::kFp8, 1.0f, 0, 0, 16, x.size / 2);
-  }
 
-  float time_ours(const GemmW4Shape& s, const GemmW4Config& config) {
+  enum class Epilogue { kPlain, kResidual, kSwiglu, kSwigluQuantize };
+  float time_ours(const GemmW4Shape& s, const GemmW4Config& config,
+                  Epilogue epilogue = Epilogue::kPlain) {
     if (gemm_w4_sm90_workspace_bytes(s, config) > size_t(workspace.size)) return 1e9f;
     // Timed launches reuse one workspace on one stream, as a model does.
     PQ_CUDA_CHECK(cudaMemset(workspace.data, 0, 1 << 20));
@@ -412,6 +419,11 @@ struct Bench {
     p.weight_scale = weight_scale.data, p.input_scale = input_scale.data;
     p.out = out.data, p.out_row_stride = s.n, p.out_dtype = GemmDtype::kFloat16;
     p.m = s.m, p.n = s.n, p.k = s.k, p.workspace = workspace.data;
+    if (epilogue == Epilogue::kResidual)
+      p.residual = out.data, p.residual_row_stride = s.n;
+    p.swiglu = epilogue == Epilogue::kSwiglu || epilogue == Epilogue::kSwigluQuantize;
+    if (p.swiglu) p.out_row_stride = s.n / 2;
+    if (epilogue == Epilogue::kSwigluQuantize) p.output_scale = input_scale.data;
     return time(
         [&](const uint8_t* window) {
           p.weight = window;
@@ -449,7 +461,7 @@ void sweep(Bench& bench, int bits, int sm_count, const std::vector<int>& ms) {
 
 void compare_with_peers(Bench& bench, int bits, int sm_count, const std::vector<int>& ms) {
   struct Row {
-    float ours4 = 0, ours8 = 0, fp16 = 0, fp8 = 0, int8 = 0;
+    float ours4 = 0, ours8 = 0, fp16 = 0, int8 = 0;
     GemmW4Config config;
   };
   const int shape_count = sizeof(kShapes) / sizeof(kShapes[0]);
@@ -465,15 +477,11 @@ void compare_with_peers(Bench& bench, int bits, int sm_count, const std::vector<
       cudaGetLastError();
     }
   };
-  const PeerLaunch fp16 = make_cublaslt_fp16(), fp8 = make_cublaslt_fp8();
+  const PeerLaunch fp16 = make_cublaslt_fp16();
   const PeerLaunch large = make_cutlass_int8_128x256(), small = make_cutlass_int8_128x128();
   if (fp16) {
     bench.fill_half();
     each([&](Row& r, int m, int n, int k) { r.fp16 = bench.time_peer(fp16, m, n, k, 2); });
-  }
-  if (fp8) {
-    bench.fill_fp8();
-    each([&](Row& r, int m, int n, int k) { r.fp8 = bench.time_peer(fp8, m, n, k, 1); });
   }
   // CUTLASS int8 sees the values that ours sees: int4 grid for 4-bit weights, A8 activations.
   const auto run_ours = [&](int activation_bits) {
@@ -492,25 +500,39 @@ void compare_with_peers(Bench& bench, int bits, int sm_count, const std::vector<
     r.int8 = bench.time_peer(large, m, n, k, 1);
     if (m <= 512) r.int8 = std::min(r.int8, bench.time_peer(small, m, n, k, 1));
   });
-  std::printf("w%d, us: n k m | fp16 fp8 cutlass-int8 | ours(a4) ours(a8) TOPS(a8) | x fp16, x fp8, "
-              "x int8 (a8)\n",
+  std::printf("w%d, us: n k m | fp16 cutlass-int8 | ours(a4) ours(a8) TOPS(a8) | x fp16, x int8 (a8) | "
+              "config\n",
               bits);
-  std::vector<double> log16(ms.size()), log8(ms.size()), logint(ms.size());
+  std::vector<double> log_fp16(ms.size()), log_int8(ms.size());
   each([&](Row& r, int m, int n, int k) {
-    const size_t i = &r - rows.data();
-    const size_t column = i % ms.size();
-    log16[column] += std::log(r.fp16 / r.ours8);
-    log8[column] += std::log(r.fp8 / r.ours8);
-    logint[column] += std::log(r.int8 / r.ours8);
-    std::printf("%d %d %d | %.1f %.1f %.1f | %.1f %.1f %.0f | %.2f %.2f %.2f | %dx%d c%d s%d g%d sk%d\n",
-                n, k, m, r.fp16, r.fp8, r.int8, r.ours4, r.ours8, tops(m, n, k, r.ours8),
-                r.fp16 / r.ours8, r.fp8 / r.ours8, r.int8 / r.ours8, r.config.block_rows,
-                r.config.block_tokens, r.config.cluster, r.config.split_k, r.config.grid, r.config.stream_k_tiles);
+    const size_t column = (&r - rows.data()) % ms.size();
+    log_fp16[column] += std::log(r.fp16 / r.ours8);
+    log_int8[column] += std::log(r.int8 / r.ours8);
+    std::printf("%d %d %d | %.1f %.1f | %.1f %.1f %.0f | %.2f %.2f | %dx%d c%d s%d g%d sk%d\n", n, k,
+                m, r.fp16, r.int8, r.ours4, r.ours8, tops(m, n, k, r.ours8), r.fp16 / r.ours8,
+                r.int8 / r.ours8, r.config.block_rows, r.config.block_tokens, r.config.cluster,
+                r.config.split_k, r.config.grid, r.config.stream_k_tiles);
   });
   for (size_t i = 0; i < ms.size(); ++i)
-    std::printf("geomean m %d: x fp16 %.2f  x fp8 %.2f  x int8 %.2f\n", ms[i],
-                std::exp(log16[i] / shape_count), std::exp(log8[i] / shape_count),
-                std::exp(logint[i] / shape_count));
+    std::printf("geomean m %d: x fp16 %.2f  x cutlass int8 %.2f\n", ms[i],
+                std::exp(log_fp16[i] / shape_count), std::exp(log_int8[i] / shape_count));
+}
+
+// The fused epilogues against the plain one: what they cost inside the GEMM.
+void compare_epilogues(Bench& bench, int bits, int sm_count, const std::vector<int>& ms) {
+  bench.fill_integers(bits, 8);
+  std::printf("w%d, us: n k m | plain + residual, swiglu, swiglu + quantize\n", bits);
+  for (const auto& s : kShapes) {
+    for (int m : ms) {
+      const GemmW4Shape shape{m, s[0], s[1], bits};
+      const GemmW4Config config = choose_gemm_w4_sm90_config(shape, sm_count);
+      std::printf("%d %d %d |", s[0], s[1], m);
+      for (const auto epilogue : {Bench::Epilogue::kPlain, Bench::Epilogue::kResidual,
+                                  Bench::Epilogue::kSwiglu, Bench::Epilogue::kSwigluQuantize})
+        std::printf(" %.1f", bench.time_ours(shape, config, epilogue));
+      std::printf("\n");
+    }
+  }
 }
 
 std::vector<int> parse_list(const char* text) {
@@ -535,10 +557,13 @@ int main(int argc, char** argv) try {
   cudaDeviceProp properties;
   PQ_CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
   std::printf("%s, %d SMs\n", properties.name, properties.multiProcessorCount);
-  if (mode == "check") return Checker(properties.multiProcessorCount).run() ? 0 : 1;
+  if (mode == "check" || mode == "check-few")
+    return Checker(properties.multiProcessorCount).run(mode == "check-few") ? 0 : 1;
   Bench bench;
   if (argc > 4) bench.milliseconds = static_cast<float>(std::atof(argv[4]));
-  if (mode == "sweep")
+  if (mode == "epilogues")
+    compare_epilogues(bench, bits, properties.multiProcessorCount, ms);
+  else if (mode == "sweep")
     sweep(bench, bits, properties.multiProcessorCount, ms);
   else
     compare_with_peers(bench, bits, properties.multiProcessorCount, ms);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// cuBLASLt FP16 and FP8 peers. The library is loaded at run time and its few entry points and enum
+// cuBLASLt FP16 peer. The library is loaded at run time and its few entry points and enum
 // values are declared here (stable since CUDA 12), so that the benchmark builds without it.
 #include <dlfcn.h>
 
@@ -20,8 +20,8 @@ namespace {
 
 // Values of cublasComputeType_t, cudaDataType_t and the cublasLt attribute enums.
 enum { kCompute32F = 68 };
-enum { kReal32F = 0, kReal16F = 2, kReal16BF = 14, kReal8E4M3 = 28 };
-enum { kDescTransA = 3, kDescTransB = 4, kDescAScale = 17, kDescBScale = 18, kDescFastAccum = 25 };
+enum { kReal32F = 0, kReal16F = 2 };
+enum { kDescTransA = 3, kDescTransB = 4 };
 enum { kPreferenceWorkspace = 1 };
 enum { kOpN = 0, kOpT = 1 };
 
@@ -58,7 +58,6 @@ struct Library {
                    int requested, HeuristicResult*, int* found);
   Handle handle = nullptr;
   void* workspace = nullptr;
-  float* ones = nullptr;
   static constexpr size_t kWorkspaceBytes = size_t{64} << 20;
 
   static Library* get() {
@@ -85,11 +84,8 @@ struct Library {
     l->preference_set = find<decltype(preference_set)>(so, "cublasLtMatmulPreferenceSetAttribute");
     l->heuristic = find<decltype(heuristic)>(so, "cublasLtMatmulAlgoGetHeuristic");
     if (l->create(&l->handle) != 0) throw std::runtime_error("cublasLtCreate failed");
-    if (cudaMalloc(&l->workspace, kWorkspaceBytes) != cudaSuccess ||
-        cudaMalloc(reinterpret_cast<void**>(&l->ones), 2 * sizeof(float)) != cudaSuccess)
+    if (cudaMalloc(&l->workspace, kWorkspaceBytes) != cudaSuccess)
       throw std::runtime_error("cublasLt peer: out of device memory");
-    const float ones[2] = {1.0f, 1.0f};
-    cudaMemcpy(l->ones, ones, sizeof(ones), cudaMemcpyHostToDevice);
     return l;
   }
 };
@@ -100,7 +96,7 @@ struct Plan {
 };
 
 // Column-major view: D[N, M] = W^T[N, K] * X[K, M].
-Plan make_plan(const Library& l, int in_type, int out_type, int m, int n, int k) {
+Plan make_plan(const Library& l, int m, int n, int k) {
   Plan plan;
   void* preference = nullptr;
   const int transpose = kOpT, plain = kOpN;
@@ -108,16 +104,9 @@ Plan make_plan(const Library& l, int in_type, int out_type, int m, int n, int k)
   int failed = l.desc_create(&plan.desc, kCompute32F, kReal32F);
   failed |= l.desc_set(plan.desc, kDescTransA, &transpose, sizeof(int));
   failed |= l.desc_set(plan.desc, kDescTransB, &plain, sizeof(int));
-  if (in_type == kReal8E4M3) {
-    const float *a_scale = l.ones, *b_scale = l.ones + 1;
-    const int8_t fast_accumulation = 1;
-    failed |= l.desc_set(plan.desc, kDescAScale, &a_scale, sizeof(a_scale));
-    failed |= l.desc_set(plan.desc, kDescBScale, &b_scale, sizeof(b_scale));
-    failed |= l.desc_set(plan.desc, kDescFastAccum, &fast_accumulation, 1);
-  }
-  failed |= l.layout_create(&plan.a, in_type, k, n, k);
-  failed |= l.layout_create(&plan.b, in_type, k, m, k);
-  failed |= l.layout_create(&plan.d, out_type, n, m, n);
+  failed |= l.layout_create(&plan.a, kReal16F, k, n, k);
+  failed |= l.layout_create(&plan.b, kReal16F, k, m, k);
+  failed |= l.layout_create(&plan.d, kReal16F, n, m, n);
   failed |= l.preference_create(&preference);
   failed |= l.preference_set(preference, kPreferenceWorkspace, &workspace, sizeof(workspace));
   plan.algos.resize(8);
@@ -129,7 +118,9 @@ Plan make_plan(const Library& l, int in_type, int out_type, int m, int n, int k)
   return plan;
 }
 
-PeerLaunch make_peer(int in_type, int out_type) {
+}  // namespace
+
+PeerLaunch make_cublaslt_fp16() {
   Library* library = Library::get();
   if (library == nullptr) return {};
   auto plans = std::make_shared<std::map<std::tuple<int, int, int>, Plan>>();
@@ -137,7 +128,7 @@ PeerLaunch make_peer(int in_type, int out_type) {
     const auto key = std::make_tuple(m, n, k);
     auto it = plans->find(key);
     if (it == plans->end())
-      it = plans->emplace(key, make_plan(*library, in_type, out_type, m, n, k)).first;
+      it = plans->emplace(key, make_plan(*library, m, n, k)).first;
     Plan& plan = it->second;
     const float one = 1.0f, zero = 0.0f;
     while (!plan.algos.empty()) {
@@ -152,10 +143,5 @@ PeerLaunch make_peer(int in_type, int out_type) {
     throw std::runtime_error("cublasLt peer: no algorithm runs");
   };
 }
-
-}  // namespace
-
-PeerLaunch make_cublaslt_fp16() { return make_peer(kReal16F, kReal16F); }
-PeerLaunch make_cublaslt_fp8() { return make_peer(kReal8E4M3, kReal16BF); }
 
 }  // namespace prefixquant::bench

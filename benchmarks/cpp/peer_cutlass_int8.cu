@@ -9,7 +9,6 @@
 #include "cutlass/gemm/collective/collective_builder.hpp"
 #include "cutlass/gemm/device/gemm_universal_adapter.h"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
-#include "cutlass/util/packed_stride.hpp"
 #include "peers.h"
 
 namespace prefixquant::bench {
@@ -42,14 +41,14 @@ PeerLaunch make_cutlass_peer() {
         cutlass::gemm::GemmUniversalMode::kGemm,
         {m, n, k, 1},
         {static_cast<const int8_t*>(x),
-         cutlass::make_cute_packed_stride(typename Kernel::StrideA{}, cute::make_shape(m, k, 1)),
+         typename Kernel::StrideA{int64_t{k}, Int<1>{}, int64_t{0}},
          static_cast<const int8_t*>(w),
-         cutlass::make_cute_packed_stride(typename Kernel::StrideB{}, cute::make_shape(n, k, 1))},
+         typename Kernel::StrideB{int64_t{k}, Int<1>{}, int64_t{0}}},
         {{1e-3f, 0.0f},
          nullptr,
-         cutlass::make_cute_packed_stride(typename Kernel::StrideC{}, cute::make_shape(m, n, 1)),
+         typename Kernel::StrideC{int64_t{n}, Int<1>{}, int64_t{0}},
          static_cast<cutlass::half_t*>(out),
-         cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, cute::make_shape(m, n, 1))}};
+         typename Kernel::StrideD{int64_t{n}, Int<1>{}, int64_t{0}}}};
     if (Gemm::get_workspace_size(arguments) != 0)
       throw std::runtime_error("CUTLASS peer: unexpected workspace");
     if (gemm->initialize(arguments, nullptr, stream) != cutlass::Status::kSuccess ||

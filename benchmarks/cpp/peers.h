@@ -15,12 +15,10 @@ using PeerLaunch = std::function<void(const void* x, const void* w, void* out, i
                                       cudaStream_t stream)>;
 
 // cuBLASLt, found at run time (dlopen), so that building needs neither its header nor its library.
-// Empty functions where it is not there.
+// An empty function where it is not there.
 PeerLaunch make_cublaslt_fp16();  // x, w float16 -> out float16
-PeerLaunch make_cublaslt_fp8();   // x, w float8 e4m3, one scale each -> out bfloat16
 
 // CUTLASS's own Hopper GEMM (collective builder) on unpacked int8: x, w int8 -> out float16.
-// The largest of its workspaces for the shapes in use; never touched by the launch itself.
 PeerLaunch make_cutlass_int8_128x256();  // 128x256x128, cluster 2x1x1, cooperative
 PeerLaunch make_cutlass_int8_128x128();  // 128x128x128, cluster 1x1x1, pingpong
 

@@ -11,25 +11,21 @@ namespace prefixquant {
 // Every compiled tile: X(weight_bits, m64_groups, block_tokens, cluster, split_k); channels of a CTA
 // tile = 128 * m64_groups. One explicit instantiation each, in src/inst/gemm_w4_sm90_*.cu.
 #define PQ_GEMM_W4_SM90_TILES(X) \
-  X(4, 1, 256, 1, 1)             \
   X(4, 1, 256, 2, 1)             \
   X(4, 1, 192, 2, 1)             \
   X(4, 1, 128, 1, 1)             \
   X(4, 1, 128, 2, 1)             \
   X(4, 1, 128, 1, 2)             \
-  X(4, 1, 128, 1, 4)             \
   X(4, 1, 96, 1, 1)              \
   X(4, 1, 96, 1, 2)              \
   X(4, 2, 64, 1, 1)              \
   X(4, 1, 64, 1, 1)              \
   X(4, 1, 64, 2, 1)              \
   X(4, 1, 64, 1, 2)              \
-  X(4, 1, 64, 1, 4)              \
   X(4, 2, 32, 1, 1)              \
   X(4, 1, 32, 1, 1)              \
   X(4, 1, 32, 1, 2)              \
   X(4, 1, 16, 1, 1)              \
-  X(8, 1, 256, 1, 1)             \
   X(8, 1, 256, 2, 1)             \
   X(8, 1, 192, 2, 1)             \
   X(8, 1, 128, 1, 1)             \
@@ -37,7 +33,6 @@ namespace prefixquant {
   X(8, 1, 128, 1, 2)             \
   X(8, 1, 64, 1, 1)              \
   X(8, 1, 64, 1, 2)              \
-  X(8, 1, 64, 1, 4)              \
   X(8, 1, 32, 1, 1)              \
   X(8, 1, 32, 1, 2)              \
   X(8, 1, 16, 1, 1)

@@ -2,7 +2,6 @@
 #include "prefixquant/gemm_w4_sm90_launch.cuh"
 
 namespace prefixquant {
-PQ_INSTANTIATE_GEMM_W4_SM90(8, 1, 256, 1, 1)
 PQ_INSTANTIATE_GEMM_W4_SM90(8, 1, 256, 2, 1)
 PQ_INSTANTIATE_GEMM_W4_SM90(8, 1, 192, 2, 1)
 }  // namespace prefixquant
