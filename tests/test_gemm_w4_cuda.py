@@ -87,22 +87,27 @@ def mma_configs() -> list[tuple[int, list[int]]]:
     return configs
 
 
-def sm90_configs(m: int, n: int) -> list[tuple[int, list[int]]]:
-    """(weight bits, config) of every wgmma tile, whole tiles and stream-K."""
+def sm90_configs(m: int, n: int, k: int) -> list[tuple[int, list[int]]]:
+    """(weight bits, config) of every wgmma tile: whole tiles, stream-K, and a split along K."""
     sm_count = torch.cuda.get_device_properties(0).multi_processor_count
     configs = []
-    for bits, m64, tokens, cluster, *_ in listed("gemm_w4_sm90_launch.cuh"):
+    for bits, m64, tokens, cluster, split in listed("gemm_w4_sm90_launch.cuh"):
         rows = 128 * m64
         tiles = -(-n // (rows * cluster)) * -(-m // tokens)
         clusters = sm_count // cluster
-        whole = min(tiles, clusters) * cluster
-        configs.append((bits, [WGMMA, rows, tokens, 0, cluster, whole, 1, 0]))
-        if tiles < clusters:
-            configs.append(
-                (bits, [WGMMA, rows, tokens, 0, cluster, 2 * tiles * cluster, 1, tiles])
-                if 2 * tiles <= clusters
-                else configs[-1]
-            )
+
+        def add(grid: int, stream_k_tiles: int, of=(bits, rows, tokens, cluster, split)) -> None:
+            bits, rows, tokens, cluster, split = of
+            config = [WGMMA, rows, tokens, 0, cluster, grid, split, stream_k_tiles]
+            configs.append((bits, config))
+
+        if split > 1:
+            if -(-k // 128) >= split:
+                add(tiles * split, 0)
+            continue
+        add(min(tiles, clusters) * cluster, 0)
+        if 2 * tiles <= clusters:
+            add(2 * tiles * cluster, tiles)
     return configs
 
 
@@ -147,7 +152,7 @@ def test_mma_kernels_are_exact(m: int, n: int, k: int):
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_wgmma_kernels_are_exact(m: int, n: int, k: int):
     problems = {4: make_problem(m, n, k), 8: make_problem(m, n, k, weight_bits=8)}
-    for bits, config in sm90_configs(max(m, 1), n):
+    for bits, config in sm90_configs(max(m, 1), n, k):
         check_config(problems[bits], bits, config)
 
 
