@@ -104,8 +104,8 @@ inline HadamardParams hadamard_params(const ArgumentChecker& check, const Option
           static_cast<float>(1.0 / std::sqrt(static_cast<double>(block_size)))};
 }
 
-// Calls run(row_begin, row_end, scratch) on contiguous parts of the rows, one a thread; `scratch` has
-// room for scratch_floats and belongs to the thread. `elements_per_row` weighs the work: below
+// Calls run(row_begin, row_end, scratch) on contiguous parts of the rows, one a thread; `scratch`
+// has room for scratch_floats and belongs to the thread. `elements_per_row` weighs the work: below
 // kSerialElements (20 to 40 us on one AVX-512 core, at the measured 0.07 to 0.15 ns an element) the
 // rows are done here, because a parallel region costs 2 to 10 us, and much more on a busy machine.
 template <typename Run>
