@@ -29,14 +29,26 @@ constexpr int kNarrowRows = 4;  // up to here four blocks of outputs fit the acc
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+static inline int32_t sum_row(const int8_t* x, int64_t count) {
+  int32_t sum = 0;
+  int64_t j = 0;
+#if defined(__AVX512VNNI__)
+  __m512i sums = _mm512_setzero_si512();
+  for (; j + 64 <= count; j += 64) {
+    sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), _mm512_loadu_si512(x + j));
+  }
+  sum = _mm512_reduce_add_epi32(sums);
+#endif
+  for (; j < count; ++j) sum += x[j];
+  return sum;
+}
+
 // Fills row_sum and x_tail for rows [m0, m1).
 static void prepare_rows(const GemmParams& p, int64_t m0, int64_t m1) {
   const int64_t tail_start = p.k / kPadInputs * kPadInputs;
   for (int64_t i = m0; i < m1; ++i) {
     const int8_t* x = p.x + i * p.k;
-    int32_t sum = 0;
-    for (int64_t j = 0; j < p.k; ++j) sum += x[j];
-    p.row_sum[i] = sum;
+    p.row_sum[i] = sum_row(x, p.k);
     if (tail_start == p.k) continue;
     int8_t* tail = p.x_tail + i * kPadInputs;
     for (int64_t j = 0; j < kPadInputs; ++j) tail[j] = tail_start + j < p.k ? x[tail_start + j] : 0;
@@ -55,8 +67,8 @@ static void dot_tile_rows(int64_t count, const RowTile& rows, const uint8_t* wei
     PQ_CASE(1)
     PQ_CASE(2)
     PQ_CASE(3)
-    PQ_CASE(4) PQ_CASE(5) PQ_CASE(6) PQ_CASE(7) PQ_CASE(8) PQ_CASE(9) PQ_CASE(10) PQ_CASE(11)
-        PQ_CASE(12)
+    PQ_CASE(4)
+    PQ_CASE(5) PQ_CASE(6) PQ_CASE(7) PQ_CASE(8) PQ_CASE(9) PQ_CASE(10) PQ_CASE(11) PQ_CASE(12)
 #undef PQ_CASE
   }
 }
@@ -161,8 +173,9 @@ static void gemm(const GemmParams& p) {
     compute_units<Weight>(p, part, 0, part.units);
     return;
   }
-  // A few rows are summed faster than a barrier is passed.
-  const bool few_rows = p.m * p.k <= 1 << 16;
+  // Up to here the sums take one thread some 10 us; a barrier may cost more, above all when the
+  // cores are shared with others.
+  const bool few_rows = p.m * p.k <= 1 << 20;
   if (few_rows) prepare_rows(p, 0, p.m);
 #pragma omp parallel num_threads(threads)
   {
