@@ -9,6 +9,7 @@ from prefixquant.errors import UserError
 from prefixquant.prefix import (
     OutlierScanner,
     ScanResult,
+    Tally,
     initial_token,
     paper_prefix,
     search_prefix,
@@ -17,15 +18,15 @@ from tiny_families import tiny_family
 from tiny_model import byte_tokenizer
 
 
-def scanned(outliers, tokens, samples=4):
-    return ScanResult((), samples, [1.0] * len(outliers), outliers, Counter(tokens))
+def tally(outliers, tokens):
+    return Tally([1.0] * len(outliers), outliers, Counter(tokens))
 
 
 def test_paper_rule():
     # Block means 4/4 and 6/4 outliers a sample: o = ceil(1.5) = 2 tokens, then BOS.
-    result = scanned([4, 6], {7: 5, 8: 3, 9: 1})
+    result = ScanResult((), 4, before_r4=tally([4, 6], {7: 5, 8: 3, 9: 1}))
     assert paper_prefix(result, bos=0) == (7, 8, 0)
-    assert paper_prefix(scanned([0, 0], {}), bos=0) == (0,)
+    assert paper_prefix(ScanResult((), 4, before_r4=tally([0, 0], {})), bos=0) == (0,)
 
 
 class PlantedScanner(OutlierScanner):
@@ -33,12 +34,13 @@ class PlantedScanner(OutlierScanner):
 
     outliers = staticmethod(lambda prefix: {})
 
-    def __init__(self, model, samples, eta, progress):
-        self.samples = samples
+    def __init__(self, model, samples, **kwargs):
+        pass
 
     def scan(self, prefix):
         tokens = self.outliers(prefix)
-        return ScanResult(prefix, 4, [1.0], [sum(tokens.values())], Counter(tokens))
+        found = tally([sum(tokens.values())], tokens)
+        return ScanResult(prefix, 4, before_r4=found, quantized=found)
 
 
 @pytest.fixture
@@ -90,10 +92,14 @@ def test_scan_finds_a_planted_outlier_token():
     block.post_attention_layernorm.weight.fill_(1)
     block.mlp.gate_proj.weight[3] = row / row.norm() * 50
     block.mlp.up_proj.weight[3] = row / row.norm() * 50
-    result = OutlierScanner(model, ids, eta=64.0).scan(())
-    assert result.tokens.most_common(1) == [(42, 2)]
-    assert result.max_ratio[0] > 64
-    assert result.initial == 0
+    found = OutlierScanner(model, ids, eta=64.0, r4_size=80).scan(())
+    for result in (found.before_r4, found.quantized):
+        assert result.tokens.most_common(1) == [(42, 2)]
+        assert result.max_ratio[0] > 64
+        assert result.at_position_0 == 0
+    # R4 spreads the one channel over 80: the ratio falls, by at most sqrt(80).
+    fall = found.before_r4.max_ratio[0] / found.quantized.max_ratio[0]
+    assert 1 < fall < 9
 
 
 def test_modes_that_are_given():

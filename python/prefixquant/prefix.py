@@ -3,14 +3,18 @@
 
 For the input X [T, C] of a block's down_proj, M_t = max_c |X[t, c]| and token t is an outlier if
 M_t > eta * median(M). A few such tokens ruin static scales. Put in front of every input, they stay
-the only ones: the rest of the sequence has none.
+the only ones: the rest of the sequence has none. The token at position 0 is tallied apart: it is an
+outlier in every sequence without prefix, whatever it is.
 
-Two ways to choose them:
+Two ways to choose the prefix:
 
 - *paper*: o = ceil(max over blocks of the mean number of outlier tokens a sample), and the prefix
-  is the o most frequent outlier tokens (position 0 not counted), then BOS.
+  is the o most frequent outlier tokens (position 0 not counted), then BOS. X is taken before R4.
 - *verified* (the default): start from BOS alone and scan again with the prefix in place; add the
-  most frequent outlier token while any remain. What remains at every step is reported.
+  most frequent outlier token (position 0 not counted) while any remain. X is taken after R4, as it
+  is quantized: R4 spreads what one channel of an ordinary token holds, but not an outlier token.
+
+What remains at every step is reported, before and after R4.
 """
 
 import math
@@ -26,41 +30,66 @@ from prefixquant.errors import UserError
 from prefixquant.progress import SILENT, Progress
 from prefixquant.quantizer import search_dtype
 from prefixquant.roles import model_geometry
-from prefixquant.rotate import plan_rotations
+from prefixquant.rotate import plan_rotations, rotate_last_dim
 
 _MOST_TOKENS = 8  # a verified prefix longer than this would mean that prefixing does not work here
 _PERPLEXITY_SAMPLES = 16  # windows of the scan that the float perplexities are taken on
 
 
 @dataclass
+class Tally:
+    """Outlier tokens at one tensor of every block, over all samples."""
+
+    max_ratio: list[float] = field(default_factory=list)  # per block, the largest M_t / median(M)
+    outliers: list[int] = field(default_factory=list)  # per block, position 0 included
+    tokens: Counter = field(default_factory=Counter)  # token -> count, position 0 apart
+    at_position_0: int = 0
+
+    def add_block(self) -> None:
+        self.max_ratio.append(0.0)
+        self.outliers.append(0)
+
+    def add_sample(self, x: Tensor, ids: Tensor, eta: float) -> None:
+        """x [T, C] of the newest block, ids [T]. The median is taken within the sample."""
+        row_max, median, is_outlier = outlier_scan(x, eta)
+        ratio = (row_max.max() / median.clamp_min(1e-30)).item()
+        self.max_ratio[-1] = max(self.max_ratio[-1], ratio)
+        for position in is_outlier.nonzero().flatten().tolist():
+            self.outliers[-1] += 1
+            if position == 0:
+                self.at_position_0 += 1
+            else:
+                self.tokens[ids[position].item()] += 1
+
+    def to_dict(self, tokenizer) -> dict[str, Any]:
+        return {
+            "max_ratio": self.max_ratio,
+            "outlier_tokens": self.tokens.total(),
+            "outliers_at_position_0": self.at_position_0,
+            "most_frequent": [
+                {"token": token, "text": tokenizer.decode([token]), "count": count}
+                for token, count in self.tokens.most_common(5)
+            ],
+        }
+
+
+@dataclass
 class ScanResult:
-    """Outlier tokens of a float model on samples [n, T] with a prefix in place."""
+    """Outlier tokens of a float model on samples with a prefix in place."""
 
     prefix: tuple[int, ...]
     samples: int
-    max_ratio: list[float]  # per block, the largest M_t / median(M)
-    outliers: list[int]  # per block, outlier tokens over all samples
-    tokens: Counter = field(default_factory=Counter)  # outlier token -> count, position 0 apart
-    initial: int = 0  # outliers at position 0, over blocks and samples
+    before_r4: Tally = field(default_factory=Tally)
+    quantized: Tally = field(default_factory=Tally)  # the input of down_proj as it is quantized
     perplexity: float = math.nan
-
-    @property
-    def remaining(self) -> int:
-        return sum(self.outliers)
 
     def to_dict(self, tokenizer) -> dict[str, Any]:
         return {
             "prefix": list(self.prefix),
             "text": prefix_texts(tokenizer, self.prefix),
             "float_perplexity": self.perplexity,
-            "outlier_tokens": self.remaining,
-            "outliers_at_position_0": self.initial,
-            "outliers_per_sample": max(self.outliers, default=0) / self.samples,
-            "most_frequent": [
-                {"token": token, "text": tokenizer.decode([token]), "count": count}
-                for token, count in self.tokens.most_common(5)
-            ],
-            "max_ratio": self.max_ratio,
+            **self.quantized.to_dict(tokenizer),
+            "before_r4": self.before_r4.to_dict(tokenizer),
         }
 
 
@@ -109,48 +138,53 @@ def initial_token(model: nn.Module, tokenizer) -> tuple[int, str]:
 
 
 class OutlierScanner:
-    """Scans one float model, unrotated, on one set of samples."""
+    """Scans one float model, unrotated but for R4, on one set of samples [n, T]."""
 
-    def __init__(self, model: nn.Module, samples: Tensor, eta: float, progress: Progress = SILENT):
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: Tensor,
+        *,
+        eta: float,
+        r4_size: int = 1,
+        progress: Progress = SILENT,
+    ):
         device = next(model.parameters()).device
         plan = plan_rotations(model_geometry(model.config), rotate=False)
         self.decoder = FloatDecoder(model, plan, dtype=search_dtype(device), device=device)
         self.samples = samples
         self.eta = eta
+        self.r4_size = r4_size
         self.progress = progress
         self._head = self.decoder.head_weight()
 
     def scan(self, prefix: tuple[int, ...]) -> ScanResult:
         """One pass over all samples and blocks, with ``prefix`` in front."""
-        count, length = self.samples.shape
-        result = ScanResult(prefix, count, [], [])
-        flat = self.samples.flatten()
-        current = {"max_ratio": 0.0, "outliers": 0, "row": 0}
+        result = ScanResult(prefix, len(self.samples))
+        tallies = (result.before_r4, result.quantized)
+        rows = iter(())
 
         def tap(name: str, inner: Tensor) -> None:
             if name != "mlp":
                 return
-            for sample in inner:  # [T, C]: the median is one sample's
-                row_max, median, mask = outlier_scan(sample, self.eta)
-                ratio = (row_max.max() / median.clamp_min(1e-30)).item()
-                current["max_ratio"] = max(current["max_ratio"], ratio)
-                for position in mask.nonzero().flatten().tolist():
-                    current["outliers"] += 1
-                    if position == 0:
-                        result.initial += 1
-                    else:
-                        result.tokens[flat[current["row"] * length + position].item()] += 1
-                current["row"] += 1
+            rotated = rotate_last_dim(inner, self.r4_size)
+            for before, after, ids in zip(inner, rotated, rows, strict=False):
+                result.before_r4.add_sample(before, ids, self.eta)
+                result.quantized.add_sample(after, ids, self.eta)
 
         text = f"scan with {len(prefix)} prefix tokens"
         with self.progress.stage(text, total=len(self.decoder)) as advance:
             kv = self.decoder.prefix(prefix)
-            for _, x in self.decoder.run(self.samples, kv, tap=tap):
+            for tally in tallies:
+                tally.add_block()
+            rows = iter(self.samples)
+            for index, x in self.decoder.run(self.samples, kv, tap=tap):
                 stream = x
-                result.max_ratio.append(current["max_ratio"])
-                result.outliers.append(current["outliers"])
-                current.update(max_ratio=0.0, outliers=0, row=0)
                 advance()
+                if index + 1 < len(self.decoder):
+                    for tally in tallies:
+                        tally.add_block()
+                    rows = iter(self.samples)
         result.perplexity = self._perplexity(stream)
         return result
 
@@ -174,8 +208,9 @@ def outlier_scan(x: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
 
 def paper_prefix(unprefixed: ScanResult, bos: int) -> tuple[int, ...]:
     """The paper's rule on a scan without prefix."""
-    size = math.ceil(max(unprefixed.outliers, default=0) / unprefixed.samples)
-    return (*(token for token, _ in unprefixed.tokens.most_common(size)), bos)
+    found = unprefixed.before_r4
+    size = math.ceil(max(found.outliers, default=0) / unprefixed.samples)
+    return (*(token for token, _ in found.tokens.most_common(size)), bos)
 
 
 def search_prefix(
@@ -185,15 +220,17 @@ def search_prefix(
     *,
     mode: str = "verified",
     eta: float = 64.0,
+    r4_size: int = 1,
     progress: Progress = SILENT,
 ) -> PrefixSearch:
     """Chooses the prefix by ``mode``: verified, paper, bos, none, or ``text:...``.
 
     Every scan is kept as a step, with the float perplexity measured under that prefix; verified and
     paper mode measure no prefix, BOS alone and the paper's prefix as well as the chosen one.
+    ``r4_size`` is the block size of R4, 1 for none.
     """
     bos, source = initial_token(model, tokenizer)
-    scanner = OutlierScanner(model, samples, eta, progress)
+    scanner = OutlierScanner(model, samples, eta=eta, r4_size=r4_size, progress=progress)
     if mode in ("none", "bos") or mode.startswith("text:"):
         prefix = _given_prefix(mode, tokenizer, bos)
         return PrefixSearch(mode, prefix, bos, source, [scanner.scan(prefix)])
@@ -205,12 +242,13 @@ def search_prefix(
     chosen = by_paper
     if mode == "verified":
         chosen = (bos,)
-        while steps[chosen].tokens and len(chosen) < _MOST_TOKENS:
-            token = steps[chosen].tokens.most_common(1)[0][0]
+        while steps[chosen].quantized.tokens and len(chosen) < _MOST_TOKENS:
+            tokens = steps[chosen].quantized.tokens
+            token = tokens.most_common(1)[0][0]
             longer = (token, *chosen)
             if longer not in steps:
                 steps[longer] = scanner.scan(longer)
-            if steps[longer].remaining >= steps[chosen].remaining:
+            if steps[longer].quantized.tokens.total() >= tokens.total():
                 break  # the token did not take its outliers with it: more of them will not either
             chosen = longer
     return PrefixSearch(mode, chosen, bos, source, list(steps.values()))
@@ -231,6 +269,13 @@ def _given_prefix(mode: str, tokenizer, bos: int) -> tuple[int, ...]:
 def scan(
     model: nn.Module, tokenizer, samples: Tensor, eta: float = 64.0, progress: Progress = SILENT
 ) -> dict[str, Any]:
-    """The verified search as a report, without quantizing anything."""
-    search = search_prefix(model, tokenizer, samples, eta=eta, progress=progress)
+    """The verified search as a report, without quantizing anything; R4 is the full transform."""
+    search = search_prefix(
+        model,
+        tokenizer,
+        samples,
+        eta=eta,
+        r4_size=model_geometry(model.config).intermediate,
+        progress=progress,
+    )
     return {"eta": eta, "samples": list(samples.shape), **search.to_dict(tokenizer)}

@@ -75,6 +75,7 @@ def quantize(
             scan_samples,
             mode=recipe.prefix,
             eta=recipe.eta,
+            r4_size=plan.r4_size,
             progress=progress,
         )
     seconds["prefix_search"] = time.monotonic() - start
