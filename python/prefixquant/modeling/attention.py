@@ -87,17 +87,37 @@ def _float_attention(
     if mask is None:
         mask = torch.ones(length, tokens, dtype=torch.bool, device=query.device)
         mask = mask.tril(tokens - length)[None, None]
-    prefix = kv.prefix_length
-    if prefix:
+    if kv.prefix_length:
         key, value = (
             torch.cat((p.to(t.dtype).expand(batch, -1, -1, -1), t), dim=2)
             for p, t in ((kv.prefix_key, key), (kv.prefix_value, value))
         )
-        mask = F.pad(mask, (prefix, 0), value=True)
     out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=heads != key.shape[1]
+        query,
+        key,
+        value,
+        attn_mask=_additive_mask(mask, kv.prefix_length, query.dtype),
+        scale=scaling,
+        enable_gqa=heads != key.shape[1],
     )
     return out.transpose(1, 2)
+
+
+def _additive_mask(mask: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
+    """bool [B, 1, T, S] -> [B, 1, T, P + S] to add, the prefix in front and seen by every query.
+
+    What is hidden gets the lowest finite value: a row of padding that may see nothing stays finite.
+    All layers of a forward pass get the same mask object: what is made of it for the first is kept
+    on it for the others.
+    """
+    kept = getattr(mask, "_prefixquant_additive", None)
+    if kept is None or kept.shape[-1] != prefix + mask.shape[-1] or kept.dtype != dtype:
+        kept = torch.zeros(
+            *mask.shape[:-1], prefix + mask.shape[-1], dtype=dtype, device=mask.device
+        )
+        kept[..., prefix:].masked_fill_(~mask, torch.finfo(dtype).min)
+        mask._prefixquant_additive = kept
+    return kept
 
 
 def register() -> None:

@@ -168,7 +168,9 @@ class SixteenBitHead(FixedDtypeModule):
         self.register_buffer("weight", weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
+        # As a matrix: a batched product of a strided slice would copy the weight first.
+        rows = x.reshape(-1, x.shape[-1]).to(self.weight.dtype)
+        return F.linear(rows, self.weight).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 class SixteenBitEmbedding(FixedDtypeModule):
