@@ -39,7 +39,7 @@ def copies_out_of_l2(bytes_each: int) -> int:
 def time_graph(
     launch: Callable[[int], object],
     copies: int = 1,
-    replay_ms: float = 3.0,
+    replay_ms: float = 2.0,
     replays: int = 9,
 ) -> Timing:
     """Times ``launch`` by replays of one graph of about ``replay_ms``, of whole rotations."""

@@ -49,8 +49,8 @@ def test_no_clusters_before_hopper(arch):
 
 def test_splits_leave_work_for_every_warp():
     for m in (1, 16, 32):
-        assert choose(m, 64, 64)[1][6] == 1  # one unit of 64 k cannot be split
-        assert choose(m, 64, 28672)[1][6] >= 4  # few rows: split k
+        assert choose(m, 64, 64, family="mma")[1][6] == 1  # one unit of 64 k cannot be split
+        assert choose(m, 64, 28672, family="mma")[1][6] >= 4  # few rows: split k
 
 
 def test_measured_choices():

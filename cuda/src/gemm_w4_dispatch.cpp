@@ -9,9 +9,17 @@
 namespace prefixquant {
 namespace {
 
-// From here on the wgmma tiles win on an H100: at M = 32 mma.sync takes 7.5 / 24.9 / 87.4 us on
-// 4096 x 4096 / 28672 x 4096 / 57344 x 8192, at M = 64 10.7 / 32.7 / 117 us.
-constexpr int kLastMmaTokensSm90 = 32;
+// The last M at which mma.sync is the better choice, with few row tiles and with many (these fill the
+// SMs with wgmma tiles too). H100, microseconds, mma.sync / wgmma; geometric mean of nine and of three
+// shapes over M = 8 .. 64: 13.31 at the best threshold of the first, 37.01 at that of the second.
+//                     M = 8        16           24           32           64
+//   4096 x 4096       5.1 / 7.0    5.7 / 7.1    7.2 / 7.1    7.7 / 7.0   10.8 / 7.0
+//   4096 x 14336     19.2 / 14.5  14.6 / 14.5  16.1 / 14.8  17.0 / 14.8  26.5 / 15.2
+//   8192 x 28672     40.9 / 41.1  43.1 / 41.2  57.7 / 40.9  59.5 / 41.0  68.3 / 42.2
+//   28672 x 4096     23.5 / 21.6  23.8 / 21.7  24.9 / 21.6  26.0 / 21.6  33.6 / 22.6
+//   57344 x 8192     79.3 / 81.3  82.1 / 80.8  84.6 / 80.3  87.4 / 79.9 124.3 / 82.0
+constexpr int kLastMmaTokens = 16;
+constexpr int kLastMmaTokensManyRows = 4;
 
 bool is_16_bit(GemmDtype dtype) {
   return dtype == GemmDtype::kFloat16 || dtype == GemmDtype::kBFloat16;
@@ -39,7 +47,8 @@ GemmW4Config choose_gemm_w4_config(const GemmW4Shape& shape, int sm_count, int a
   const bool has_int4_mma = arch == 80 || arch == 86 || arch == 87 || arch == 89;
   if (has_int4_mma && shape.weight_bits == 4 && shape.activation_bits == 4)
     return choose_gemm_w4_sm80_config(shape, sm_count);
-  if (arch == 90 && shape.m > kLastMmaTokensSm90)
+  const bool many_rows = shape.n >= 2 * 64 * sm_count;
+  if (arch == 90 && shape.m > (many_rows ? kLastMmaTokensManyRows : kLastMmaTokens))
     return choose_gemm_w4_sm90_config(shape, sm_count);
   return choose_gemm_w4_mma_config(shape, sm_count, arch);
 }
