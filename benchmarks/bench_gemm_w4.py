@@ -2,7 +2,7 @@
 """W4A4, W4A8 and W8A8 linears against FP16, FP8, int8 and int4 peers, on real layer shapes.
 
     python benchmarks/bench_gemm_w4.py [--models llama-3-8b,..] [--m 1,16,..] [--out FOLDER]
-                                       [--cutlass build/benchmarks/libpeer_cutlass_int8.so]
+                                       [--cutlass build/benchmarks/cpp/libpeer_cutlass_int8.so]
 
 Writes gemm_w4.json and gemm_w4.svg. Every cell is checked bit for bit against the reference before
 it is timed. Peers: cuBLAS FP16, ``torch._scaled_mm`` FP8 e4m3, ``torch._int_mm``,

@@ -62,6 +62,7 @@ def test_measured_choices():
     assert shape_of(1, 4096, 4096) == (64, 8, 8, 4)
     assert shape_of(1, 6144, 4096) == (64, 8, 4, 2)
     assert shape_of(1, 4096, 14336) == (16, 8, 8, 4)
+    assert shape_of(8, 4096, 14336) == (64, 8, 8, 4)
     assert shape_of(1, 28672, 4096) == (64, 8, 4, 1)
     assert shape_of(1, 57344, 8192) == (64, 8, 8, 4)
     assert shape_of(16, 4096, 14336) == (64, 16, 4, 2)

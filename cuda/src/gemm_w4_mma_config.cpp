@@ -41,9 +41,10 @@ struct Choice {
   int splits;
 };
 
-Choice choose_gemv(int n, int k, int sm_count) {
+Choice choose_gemv(int tokens, int n, int k, int sm_count) {
   const int tiles = div_up(n, 64);
-  if (2 * tiles <= sm_count && k >= 8192) return {16, 4, 8, 4};
+  // Few rows and long k. Many small CTAs read the activations many times: not from M = 4 on.
+  if (tokens <= 2 && 2 * tiles <= sm_count && k >= 8192) return {16, 4, 8, 4};
   for (const int splits : {1, 2}) {  // one wave of two CTAs of 16 warps an SM, nearly full
     const int ctas = tiles * splits;
     if (ctas >= sm_count * 7 / 5 && ctas <= 2 * sm_count) return {64, 4, 4, splits};
@@ -83,7 +84,7 @@ GemmW4Config choose_gemm_w4_mma_config(const GemmW4Shape& shape, int sm_count, i
   GemmW4Config config;
   int tokens = 8;
   while (tokens < shape.m && tokens < 64) tokens *= 2;
-  Choice choice = tokens == 8 ? choose_gemv(shape.n, shape.k, sm_count)
+  Choice choice = tokens == 8 ? choose_gemv(shape.m, shape.n, shape.k, sm_count)
                               : choose_skinny(shape.n, tokens, sm_count);
   // Many tokens: the largest tile. Before sm_90 an SM may have only 99 KB of shared memory, which
   // the 64 x 64 and 256 x 64 tiles exceed.
