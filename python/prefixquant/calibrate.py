@@ -30,7 +30,7 @@ from prefixquant.block import (
     rms_norm,
 )
 from prefixquant.config import Scheme
-from prefixquant.quantizer import fake_quantize, minmax_scale, search_dtype
+from prefixquant.quantizer import fake_quantize, matmul_dtype, minmax_scale
 from prefixquant.roles import POINTS, BlockWeights
 from prefixquant.rotate import rotate_last_dim
 from prefixquant.solvers import QuantizedWeight, solve_rtn
@@ -84,7 +84,7 @@ def search_activation_scale(x: Tensor, weights: list[Tensor], bits: int) -> Tens
     rows = x.reshape(-1, x.shape[-1])
     start = minmax_scale(rows.abs().max(), bits)
     rows = rows[:: max(1, len(rows) // _SEARCH_TOKENS)]
-    dtype = search_dtype(x.device)
+    dtype = matmul_dtype(x.device)
     readers = torch.cat(weights).to(dtype)
 
     def error(ratio: float) -> float:

@@ -28,7 +28,7 @@ from prefixquant import ops
 from prefixquant.decoder import FloatDecoder
 from prefixquant.errors import UserError
 from prefixquant.progress import SILENT, Progress
-from prefixquant.quantizer import search_dtype
+from prefixquant.quantizer import matmul_dtype
 from prefixquant.roles import model_geometry
 from prefixquant.rotate import plan_rotations, rotate_last_dim
 
@@ -151,7 +151,7 @@ class OutlierScanner:
     ):
         device = next(model.parameters()).device
         plan = plan_rotations(model_geometry(model.config), rotate=False)
-        self.decoder = FloatDecoder(model, plan, dtype=search_dtype(device), device=device)
+        self.decoder = FloatDecoder(model, plan, dtype=matmul_dtype(device), device=device)
         self.samples = samples
         self.eta = eta
         self.r4_size = r4_size

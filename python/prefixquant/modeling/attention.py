@@ -14,11 +14,13 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from prefixquant import ops
 from prefixquant.modeling.cache import KVQuantizer, PackedKV
+from prefixquant.quantizer import matmul_dtype
 
 NAME = "prefixquant"
 
 # Up to this many query tokens the packed cache is read as it is (kv_attention); beyond, unpacking
-# it once and using matrix products is faster.
+# it once and using matrix products is faster. Those run in bfloat16 where the CPU has it: at 512
+# tokens and 9 heads of 64, 2.0 ms against 5.5 in float32 (one core with AMX).
 _PACKED_QUERY_TOKENS = 16
 
 
@@ -47,7 +49,7 @@ def attention(
         attention_mask: bool [B, 1, T, S] or None for causal, aligned to the lower right.
 
     Returns:
-        ([B, T, H, D], None)
+        ([B, T, H, D] in the dtype of query or bfloat16, None)
     """
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions: the quantized attention does not return its weights")
@@ -70,8 +72,9 @@ def attention(
             scaling,
         )
         return out, None
-    key, value = kv.dequantize(packed, query.dtype)
-    return _float_attention(kv, query, key, value, attention_mask, scaling), None
+    dtype = matmul_dtype(query.device) if query.dtype == torch.float32 else query.dtype
+    key, value = kv.dequantize(packed, dtype)
+    return _float_attention(kv, query.to(dtype), key, value, attention_mask, scaling), None
 
 
 def _float_attention(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prefixquant.quantizer import minmax_scale, quantize, search_dtype
+from prefixquant.quantizer import matmul_dtype, minmax_scale, quantize
 
 
 @dataclass
@@ -45,7 +45,7 @@ def solve_rtn(
         ratios = torch.linspace(1.0, 0.5, 21)
     start = minmax_scale(weight.abs().amax(dim=1), bits)
     if hessian is not None:
-        metric = hessian.to(search_dtype(weight.device))
+        metric = hessian.to(matmul_dtype(weight.device))
     best_scale, best_error = start.clone(), torch.full_like(start, torch.inf)
     for ratio in ratios.tolist():
         scale = start * ratio
