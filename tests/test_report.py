@@ -66,7 +66,7 @@ def report(**details):
         QUANTIZATION,
         source="owner/<model>",
         calibration="pydoc",
-        command=["prog", "quantize", "a b"],
+        command=["/opt/bin/prefixquant", "quantize", "a b"],
         seconds=12.5,
     )
 

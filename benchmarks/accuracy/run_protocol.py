@@ -117,14 +117,14 @@ def main() -> None:
                 RecipeConfig(scheme=Scheme.parse(scheme), prefix=mode),
                 calibration,
                 folder,
-                origin=Origin(arguments.name, protocol.text),
+                origin=Origin(arguments.name, protocol.text, command=("run_protocol.py",)),
                 search=search if mode == "verified" else None,
                 overwrite=True,
                 progress=progress,
             )
         label = f"{scheme.upper()} static, {'no' if mode == 'none' else mode} prefix"
         prefixes[label] = saved_configs(folder)[1].prefix_token_ids
-        candidates[label] = Candidate(prefixquant.load(folder).to(arguments.device))
+        candidates[label] = Candidate(prefixquant.load(folder, device=arguments.device))
         gc.collect()
 
     measured = compare(candidates, REFERENCE, samples, progress)

@@ -30,7 +30,7 @@ def kernel_path(capability: tuple[int, int]) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and kernel choice, as plain data for reports."""
+    """Versions, machine and kernel choice, as plain data for reports: no names, no paths."""
     import torch
 
     from prefixquant import _C, __version__
@@ -44,13 +44,12 @@ def environment() -> dict[str, Any]:
     info: dict[str, Any] = {
         "prefixquant": __version__,
         "versions": versions,
-        "platform": platform.platform(),
+        "platform": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "threads": torch.get_num_threads(),
         "cpu_isa": _C.current_isa(),
         "cpu_isas": list(_C.available_isas()),
-        "extension": _C.__file__,
         "cuda_build": _C.with_cuda,
         "torch_cuda": torch.version.cuda,
         "gpus": [],
@@ -78,7 +77,6 @@ def describe(info: dict[str, Any]) -> str:
         f"platform    {info['platform']}",
         f"cpu         {info['cpu']}, {info['cores']} cores, {info['threads']} threads",
         f"cpu kernels {info['cpu_isa']} (available: {', '.join(info['cpu_isas'])})",
-        f"extension   {info['extension']}",
         f"cuda build  {'yes' if info['cuda_build'] else 'no'}",
         f"torch cuda  {info['torch_cuda'] or 'no'}",
     ]

@@ -119,10 +119,18 @@ def _head(command_name: str, command: Sequence[str]) -> dict[str, Any]:
     return {
         "report_version": REPORT_VERSION,
         "command": command_name,
-        "command_line": shlex.join(["prefixquant", *command[1:]]),
+        "command_line": _command_line(command),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "environment": environment(),
     }
+
+
+def _command_line(command: Sequence[str]) -> str:
+    """The command as a person would type it: the program by its name, wherever it lies."""
+    program = Path(command[0]).name
+    if program in ("prefixquant", "cli.py", "__main__.py"):
+        return shlex.join(["prefixquant", *command[1:]])
+    return shlex.join(["python", program, *command[1:]])
 
 
 def peak_memory_bytes() -> dict[str, int]:
