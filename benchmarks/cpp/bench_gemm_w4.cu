@@ -55,14 +55,20 @@ __global__ void fill_kernel(void* data, int64_t count, Fill kind, float sigma, i
     const float g = gaussian(seed, 2 * i) * sigma;
     const auto level = [&](float v) { return min(max(__float2int_rn(v), low), high); };
     switch (kind) {
-      case Fill::kHalf: static_cast<__half*>(data)[i] = __float2half(g); break;
-      case Fill::kInt8: static_cast<int8_t*>(data)[i] = static_cast<int8_t>(level(g)); break;
+      case Fill::kHalf:
+        static_cast<__half*>(data)[i] = __float2half(g);
+        break;
+      case Fill::kInt8:
+        static_cast<int8_t*>(data)[i] = static_cast<int8_t>(level(g));
+        break;
       case Fill::kInt4Pairs: {
         const float other = gaussian(seed, 2 * i + 1) * sigma;
         static_cast<uint8_t*>(data)[i] = (level(g) & 0xF) | (level(other) & 0xF) << 4;
         break;
       }
-      case Fill::kFloatPositive: static_cast<float*>(data)[i] = fabsf(g) + 0.25f * sigma; break;
+      case Fill::kFloatPositive:
+        static_cast<float*>(data)[i] = fabsf(g) + 0.25f * sigma;
+        break;
     }
   }
 }
@@ -117,14 +123,12 @@ struct TileChoice {
 };
 const std::vector<TileChoice>& tiles(int bits) {
   static const std::vector<TileChoice> w4 = {
-      {128, 256, 2, 1}, {128, 192, 2, 1}, {128, 128, 1, 1}, {128, 128, 2, 1},
-      {128, 128, 1, 2}, {128, 96, 1, 1}, {128, 96, 1, 2}, {256, 64, 1, 1},
-      {128, 64, 1, 1}, {128, 64, 2, 1}, {128, 64, 1, 2}, {256, 32, 1, 1},
-      {128, 32, 1, 1}, {128, 32, 1, 2}, {128, 16, 1, 1}};
+      {128, 256, 2, 1}, {128, 192, 2, 1}, {128, 128, 1, 1}, {128, 128, 2, 1}, {128, 128, 1, 2},
+      {128, 96, 1, 1},  {128, 96, 1, 2},  {256, 64, 1, 1},  {128, 64, 1, 1},  {128, 64, 2, 1},
+      {128, 64, 1, 2},  {256, 32, 1, 1},  {128, 32, 1, 1},  {128, 32, 1, 2},  {128, 16, 1, 1}};
   static const std::vector<TileChoice> w8 = {
-      {128, 256, 2, 1}, {128, 192, 2, 1}, {128, 128, 1, 1}, {128, 128, 2, 1},
-      {128, 128, 1, 2}, {128, 64, 1, 1}, {128, 64, 1, 2}, {128, 32, 1, 1},
-      {128, 32, 1, 2}, {128, 16, 1, 1}};
+      {128, 256, 2, 1}, {128, 192, 2, 1}, {128, 128, 1, 1}, {128, 128, 2, 1}, {128, 128, 1, 2},
+      {128, 64, 1, 1},  {128, 64, 1, 2},  {128, 32, 1, 1},  {128, 32, 1, 2},  {128, 16, 1, 1}};
   return bits == 4 ? w4 : w8;
 }
 
@@ -176,8 +180,8 @@ class Checker {
   // `few`: two small shapes, for runs under compute-sanitizer.
   bool run(bool few) {
     few_ = few;
-    const int shapes[][3] = {{17, 576, 1536},  {300, 333, 592},    {1, 64, 64},
-                             {3, 192, 576},    {137, 1000, 576},   {64, 4096, 4096},
+    const int shapes[][3] = {{17, 576, 1536},    {300, 333, 592},  {1, 64, 64},
+                             {3, 192, 576},      {137, 1000, 576}, {64, 4096, 4096},
                              {513, 2050, 11008}, {256, 640, 18944}};
     for (int bits : {4, 8})
       for (int i = 0; i < (few ? 2 : 8); ++i)
@@ -248,10 +252,9 @@ class Checker {
           if (few_ && mode != 0 && mode != 4 && mode != 7) continue;
           // The host compares: every epilogue on the small shapes, sums and float16 on all.
           if (mode != 0 && mode != 2 && int64_t{m} * n > 120000) continue;
-          static const GemmDtype dtypes[8] = {GemmDtype::kInt32,    GemmDtype::kFloat32,
-                                              GemmDtype::kFloat16,  GemmDtype::kBFloat16,
-                                              GemmDtype::kFloat16,  GemmDtype::kFloat16,
-                                              GemmDtype::kBFloat16, GemmDtype::kFloat16};
+          static const GemmDtype dtypes[8] = {
+              GemmDtype::kInt32,   GemmDtype::kFloat32, GemmDtype::kFloat16,  GemmDtype::kBFloat16,
+              GemmDtype::kFloat16, GemmDtype::kFloat16, GemmDtype::kBFloat16, GemmDtype::kFloat16};
           p.out_dtype = dtypes[mode];
           p.bias = mode == 1 || mode == 3 || mode == 4 ? bias.data : nullptr;
           p.swiglu = mode == 5 || mode == 7;
@@ -337,8 +340,8 @@ class Checker {
 
 // ---------------------------------------------------------------- timing
 
-constexpr int kShapes[][2] = {{6144, 4096},  {4096, 4096},   {28672, 4096}, {4096, 14336},
-                              {10240, 8192}, {8192, 8192},   {57344, 8192}, {8192, 28672}};
+constexpr int kShapes[][2] = {{6144, 4096},  {4096, 4096}, {28672, 4096}, {4096, 14336},
+                              {10240, 8192}, {8192, 8192}, {57344, 8192}, {8192, 28672}};
 constexpr int kMaxM = 8192;
 
 // Buffers for all shapes; weights are a pool in which each launch takes the next window.
@@ -362,7 +365,8 @@ struct Bench {
   template <typename Launch>
   float time(const Launch& launch, int64_t weight_bytes, double macs) {
     const int64_t stride = (weight_bytes + 1023) / 1024 * 1024;
-    const int windows = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(weights.size / stride, 16)));
+    const int windows =
+        static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(weights.size / stride, 16)));
     launch(weights.data);  // plans and first-use work stay out of the graph
     PQ_CUDA_CHECK(cudaStreamSynchronize(stream));
     cudaGraph_t graph;
@@ -419,8 +423,7 @@ struct Bench {
     p.weight_scale = weight_scale.data, p.input_scale = input_scale.data;
     p.out = out.data, p.out_row_stride = s.n, p.out_dtype = GemmDtype::kFloat16;
     p.m = s.m, p.n = s.n, p.k = s.k, p.workspace = workspace.data;
-    if (epilogue == Epilogue::kResidual)
-      p.residual = out.data, p.residual_row_stride = s.n;
+    if (epilogue == Epilogue::kResidual) p.residual = out.data, p.residual_row_stride = s.n;
     p.swiglu = epilogue == Epilogue::kSwiglu || epilogue == Epilogue::kSwigluQuantize;
     if (p.swiglu) p.out_row_stride = s.n / 2;
     if (epilogue == Epilogue::kSwigluQuantize) p.output_scale = input_scale.data;
@@ -500,16 +503,17 @@ void compare_with_peers(Bench& bench, int bits, int sm_count, const std::vector<
     r.int8 = bench.time_peer(large, m, n, k, 1);
     if (m <= 512) r.int8 = std::min(r.int8, bench.time_peer(small, m, n, k, 1));
   });
-  std::printf("w%d, us: n k m | fp16 cutlass-int8 | ours(a4) ours(a8) TOPS(a8) | x fp16, x int8 (a8) | "
-              "config\n",
-              bits);
+  std::printf(
+      "w%d, us: n k m | fp16 cutlass-int8 | ours(a4) ours(a8) TOPS(a8) | x fp16, x int8 (a8) | "
+      "config\n",
+      bits);
   std::vector<double> log_fp16(ms.size()), log_int8(ms.size());
   each([&](Row& r, int m, int n, int k) {
     const size_t column = (&r - rows.data()) % ms.size();
     log_fp16[column] += std::log(r.fp16 / r.ours8);
     log_int8[column] += std::log(r.int8 / r.ours8);
-    std::printf("%d %d %d | %.1f %.1f | %.1f %.1f %.0f | %.2f %.2f | %dx%d c%d s%d g%d sk%d\n", n, k,
-                m, r.fp16, r.int8, r.ours4, r.ours8, tops(m, n, k, r.ours8), r.fp16 / r.ours8,
+    std::printf("%d %d %d | %.1f %.1f | %.1f %.1f %.0f | %.2f %.2f | %dx%d c%d s%d g%d sk%d\n", n,
+                k, m, r.fp16, r.int8, r.ours4, r.ours8, tops(m, n, k, r.ours8), r.fp16 / r.ours8,
                 r.int8 / r.ours8, r.config.block_rows, r.config.block_tokens, r.config.cluster,
                 r.config.split_k, r.config.grid, r.config.stream_k_tiles);
   });

@@ -46,9 +46,9 @@ Function find(void* library, const char* name) {
 struct Library {
   using Handle = void*;
   int (*create)(Handle*);
-  int (*matmul)(Handle, void* desc, const void* alpha, const void* a, void* a_layout,
-                const void* b, void* b_layout, const void* beta, const void* c, void* c_layout,
-                void* d, void* d_layout, const Algo*, void* workspace, size_t bytes, cudaStream_t);
+  int (*matmul)(Handle, void* desc, const void* alpha, const void* a, void* a_layout, const void* b,
+                void* b_layout, const void* beta, const void* c, void* c_layout, void* d,
+                void* d_layout, const Algo*, void* workspace, size_t bytes, cudaStream_t);
   int (*desc_create)(void**, int compute, int scale);
   int (*desc_set)(void*, int attribute, const void*, size_t);
   int (*layout_create)(void**, int type, uint64_t rows, uint64_t columns, int64_t ld);
@@ -127,8 +127,7 @@ PeerLaunch make_cublaslt_fp16() {
   return [=](const void* x, const void* w, void* out, int m, int n, int k, cudaStream_t stream) {
     const auto key = std::make_tuple(m, n, k);
     auto it = plans->find(key);
-    if (it == plans->end())
-      it = plans->emplace(key, make_plan(*library, m, n, k)).first;
+    if (it == plans->end()) it = plans->emplace(key, make_plan(*library, m, n, k)).first;
     Plan& plan = it->second;
     const float one = 1.0f, zero = 0.0f;
     while (!plan.algos.empty()) {

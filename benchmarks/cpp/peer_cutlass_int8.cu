@@ -40,10 +40,8 @@ PeerLaunch make_cutlass_peer() {
     typename Gemm::Arguments arguments{
         cutlass::gemm::GemmUniversalMode::kGemm,
         {m, n, k, 1},
-        {static_cast<const int8_t*>(x),
-         typename Kernel::StrideA{int64_t{k}, Int<1>{}, int64_t{0}},
-         static_cast<const int8_t*>(w),
-         typename Kernel::StrideB{int64_t{k}, Int<1>{}, int64_t{0}}},
+        {static_cast<const int8_t*>(x), typename Kernel::StrideA{int64_t{k}, Int<1>{}, int64_t{0}},
+         static_cast<const int8_t*>(w), typename Kernel::StrideB{int64_t{k}, Int<1>{}, int64_t{0}}},
         {{1e-3f, 0.0f},
          nullptr,
          typename Kernel::StrideC{int64_t{n}, Int<1>{}, int64_t{0}},

@@ -8,18 +8,23 @@
 namespace prefixquant {
 
 bool operator==(const GemmW4Config& a, const GemmW4Config& b) {
-  return a.kernel == b.kernel && a.block_rows == b.block_rows &&
-         a.block_tokens == b.block_tokens && a.stages == b.stages && a.cluster == b.cluster &&
-         a.grid == b.grid && a.split_k == b.split_k && a.stream_k_tiles == b.stream_k_tiles;
+  return a.kernel == b.kernel && a.block_rows == b.block_rows && a.block_tokens == b.block_tokens &&
+         a.stages == b.stages && a.cluster == b.cluster && a.grid == b.grid &&
+         a.split_k == b.split_k && a.stream_k_tiles == b.stream_k_tiles;
 }
 
 const char* gemm_w4_kernel_name(GemmW4Kernel kernel) {
   switch (kernel) {
-    case GemmW4Kernel::kGemv: return "gemv";
-    case GemmW4Kernel::kMmaSkinny: return "mma_skinny";
-    case GemmW4Kernel::kMmaTiled: return "mma_tiled";
-    case GemmW4Kernel::kWgmmaSm90: return "wgmma_sm90";
-    case GemmW4Kernel::kMmaInt4Sm80: return "mma_int4_sm80";
+    case GemmW4Kernel::kGemv:
+      return "gemv";
+    case GemmW4Kernel::kMmaSkinny:
+      return "mma_skinny";
+    case GemmW4Kernel::kMmaTiled:
+      return "mma_tiled";
+    case GemmW4Kernel::kWgmmaSm90:
+      return "wgmma_sm90";
+    case GemmW4Kernel::kMmaInt4Sm80:
+      return "mma_int4_sm80";
   }
   return "unknown";
 }

@@ -62,7 +62,8 @@ struct TileGrid {
   int tiles() const { return row_tiles * token_tiles; }
 };
 TileGrid tile_grid(const GemmW4Shape& shape, const GemmW4Config& config) {
-  return {div_up(shape.n, config.block_rows * config.cluster), div_up(shape.m, config.block_tokens)};
+  return {div_up(shape.n, config.block_rows * config.cluster),
+          div_up(shape.m, config.block_tokens)};
 }
 
 }  // namespace
@@ -88,9 +89,9 @@ void launch_gemm_w4_sm90(const GemmW4Params& p, const GemmW4Config& config, cuda
                  config.stream_k_tiles <= grid.tiles() &&
                  config.stream_k_tiles * config.cluster * 2 * sizeof(int) <= kGemmW4CounterBytes,
              "gemm_w4: config does not fit the shape");
-  PQ_REQUIRE(config.split_k == 1 || (config.stream_k_tiles == 0 &&
-                                     config.grid == grid.tiles() * config.split_k &&
-                                     padded_k(p.k) / kPackK >= config.split_k),
+  PQ_REQUIRE(config.split_k == 1 ||
+                 (config.stream_k_tiles == 0 && config.grid == grid.tiles() * config.split_k &&
+                  padded_k(p.k) / kPackK >= config.split_k),
              "gemm_w4: a split config needs one cluster a tile and k for every part");
 
   GemmW4Sm90Args args = {};
@@ -105,22 +106,20 @@ void launch_gemm_w4_sm90(const GemmW4Params& p, const GemmW4Config& config, cuda
   args.stream_k_tiles = config.stream_k_tiles;
   args.dp_tiles = grid.tiles() - config.stream_k_tiles;
   args.counters = static_cast<int*>(p.workspace);
-  args.partials =
-      reinterpret_cast<int4*>(static_cast<uint8_t*>(p.workspace) + kGemmW4CounterBytes);
+  args.partials = reinterpret_cast<int4*>(static_cast<uint8_t*>(p.workspace) + kGemmW4CounterBytes);
   const CUtensorMap x_map = make_x_map(p, config.block_tokens / config.cluster);
 
-#define X(bits, m64, tokens, cluster_size, split)                                              \
-  if (p.weight_bits == bits && config.block_rows == 128 * m64 &&                               \
-      config.block_tokens == tokens && config.cluster == cluster_size && config.split_k == split) \
-    return launch_gemm_w4_sm90_tile<GemmW4Sm90Traits<bits, m64, tokens, cluster_size, split>>( \
+#define X(bits, m64, tokens, cluster_size, split)                                                 \
+  if (p.weight_bits == bits && config.block_rows == 128 * m64 && config.block_tokens == tokens && \
+      config.cluster == cluster_size && config.split_k == split)                                  \
+    return launch_gemm_w4_sm90_tile<GemmW4Sm90Traits<bits, m64, tokens, cluster_size, split>>(    \
         x_map, args, config.grid, stream);
   PQ_GEMM_W4_SM90_TILES(X)
 #undef X
-  PQ_REQUIRE(false, "gemm_w4: no Hopper kernel for " << p.weight_bits << "-bit weights, tile "
-                                                     << config.block_rows << "x"
-                                                     << config.block_tokens << ", cluster "
-                                                     << config.cluster << ", split "
-                                                     << config.split_k);
+  PQ_REQUIRE(false, "gemm_w4: no Hopper kernel for "
+                        << p.weight_bits << "-bit weights, tile " << config.block_rows << "x"
+                        << config.block_tokens << ", cluster " << config.cluster << ", split "
+                        << config.split_k);
 }
 
 }  // namespace prefixquant

@@ -21,19 +21,19 @@ namespace prefixquant {
 
 }  // namespace prefixquant
 
-#define PQ_CUDA_CHECK(expression)                                                      \
-  do {                                                                                 \
-    const cudaError_t pq_error = (expression);                                         \
-    if (pq_error != cudaSuccess)                                                       \
-      ::prefixquant::throw_cuda_error(pq_error, #expression, __FILE__, __LINE__);      \
+#define PQ_CUDA_CHECK(expression)                                                 \
+  do {                                                                            \
+    const cudaError_t pq_error = (expression);                                    \
+    if (pq_error != cudaSuccess)                                                  \
+      ::prefixquant::throw_cuda_error(pq_error, #expression, __FILE__, __LINE__); \
   } while (0)
 
 // `text` is a stream expression: PQ_REQUIRE(k > 0, "gemm_w4: k must be positive, got " << k).
-#define PQ_REQUIRE(condition, text)                      \
-  do {                                                   \
-    if (!(condition)) {                                  \
-      std::ostringstream pq_message;                     \
-      pq_message << text;                                \
-      throw std::invalid_argument(pq_message.str());     \
-    }                                                    \
+#define PQ_REQUIRE(condition, text)                  \
+  do {                                               \
+    if (!(condition)) {                              \
+      std::ostringstream pq_message;                 \
+      pq_message << text;                            \
+      throw std::invalid_argument(pq_message.str()); \
+    }                                                \
   } while (0)

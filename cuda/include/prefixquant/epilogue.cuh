@@ -21,18 +21,18 @@ struct EpilogueArgs {
   const float* input_scale;   // []
   const void* bias;           // [N] in bias_dtype, may be nullptr
   GemmDtype bias_dtype;
-  void* out;                  // [M, N_out]
+  void* out;  // [M, N_out]
   int64_t out_row_stride;
   GemmDtype out_dtype;
   bool swiglu;
-  const void* residual;       // [M, N_out] in out_dtype, may be nullptr
+  const void* residual;  // [M, N_out] in out_dtype, may be nullptr
   int64_t residual_row_stride;
   const float* output_scale;  // [], may be nullptr
   int output_qmin;
   int output_qmax;
   int m;
   int n;
-  bool vectors;               // rows of out and residual are aligned for the widest access
+  bool vectors;  // rows of out and residual are aligned for the widest access
 };
 
 // The widest accesses are 8 values of out and of residual (4 of them with SwiGLU).
@@ -46,10 +46,22 @@ inline bool epilogue_rows_are_aligned(const GemmW4Params& p) {
 }
 
 inline EpilogueArgs make_epilogue_args(const GemmW4Params& p) {
-  return {p.weight_scale, p.input_scale,         p.bias,         p.bias_dtype,
-          p.out,          p.out_row_stride,      p.out_dtype,    p.swiglu,
-          p.residual,     p.residual_row_stride, p.output_scale, p.output_qmin,
-          p.output_qmax,  p.m,                   p.n,            epilogue_rows_are_aligned(p)};
+  return {p.weight_scale,
+          p.input_scale,
+          p.bias,
+          p.bias_dtype,
+          p.out,
+          p.out_row_stride,
+          p.out_dtype,
+          p.swiglu,
+          p.residual,
+          p.residual_row_stride,
+          p.output_scale,
+          p.output_qmin,
+          p.output_qmax,
+          p.m,
+          p.n,
+          epilogue_rows_are_aligned(p)};
 }
 
 __device__ __forceinline__ float load_as_float(const void* array, GemmDtype dtype, int64_t index) {

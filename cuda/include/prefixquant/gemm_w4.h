@@ -7,10 +7,12 @@
 //   y = float(acc) * (input_scale * weight_scale[n])  (+ bias[n])  each float32 operation rounded
 //   y = round_to(out_dtype, y)
 // and then, in this order and only where asked for, each on the values rounded so far, so that the
-// fused result is bit-identical to the composition of the separate steps:
+// fused result is bit-identical to the composition of the separate steps (silu within 4 ulp of
+// float32 before it is rounded):
 //   swiglu:    y[m, i] = round(silu(y[m, 2 i]) * y[m, 2 i + 1])    gate and up rows interleaved
 //   residual:  y = round(y + residual[m, i])
-//   quantize:  q = clamp(rint(y * (1 / output_scale)), output_qmin, output_qmax)      int8 container
+//   quantize:  q = clamp(rint(y * (1 / output_scale)), output_qmin, output_qmax)      int8
+//   container
 // A4 and A8 activations are both int8 containers, so W4A4 and W4A8 are the same kernels.
 #pragma once
 
@@ -26,29 +28,29 @@ enum class GemmDtype : int { kFloat16, kBFloat16, kFloat32, kInt32 };
 
 // Arguments of one launch. Device pointers unless said otherwise; strides in elements.
 struct GemmW4Params {
-  const int8_t* x = nullptr;             // [M, K], row-major, values of the int8 container
-  int64_t x_row_stride = 0;              // >= K
-  const void* weight = nullptr;          // prepacked [N, K], prepacked_bytes(n, k, weight_bits)
-  int weight_bits = 4;                   // 4 or 8
-  const float* weight_scale = nullptr;   // [N]
-  const float* input_scale = nullptr;    // [] (one float in device memory)
-  const void* bias = nullptr;            // [N] in bias_dtype, may be nullptr
+  const int8_t* x = nullptr;            // [M, K], row-major, values of the int8 container
+  int64_t x_row_stride = 0;             // >= K
+  const void* weight = nullptr;         // prepacked [N, K], prepacked_bytes(n, k, weight_bits)
+  int weight_bits = 4;                  // 4 or 8
+  const float* weight_scale = nullptr;  // [N]
+  const float* input_scale = nullptr;   // [] (one float in device memory)
+  const void* bias = nullptr;           // [N] in bias_dtype, may be nullptr
   GemmDtype bias_dtype = GemmDtype::kFloat32;  // float32, float16 or bfloat16
 
-  void* out = nullptr;                   // [M, N_out]; int8 where output_scale is given
-  int64_t out_row_stride = 0;            // >= N_out; N_out = N / 2 with swiglu, else N
+  void* out = nullptr;                        // [M, N_out]; int8 where output_scale is given
+  int64_t out_row_stride = 0;                 // >= N_out; N_out = N / 2 with swiglu, else N
   GemmDtype out_dtype = GemmDtype::kFloat16;  // dtype y is rounded to; int32 returns acc itself
 
   // Epilogue. All of it needs a 16-bit out_dtype, and none of it goes with int32.
-  bool swiglu = false;                   // rows 2 i = gate i, 2 i + 1 = up i; N even
-  const void* residual = nullptr;        // [M, N_out] in out_dtype, may be nullptr (may equal out)
-  int64_t residual_row_stride = 0;       // >= N_out
-  const float* output_scale = nullptr;   // [] (device), may be nullptr; quantizes y to int8
+  bool swiglu = false;                  // rows 2 i = gate i, 2 i + 1 = up i; N even
+  const void* residual = nullptr;       // [M, N_out] in out_dtype, may be nullptr (may equal out)
+  int64_t residual_row_stride = 0;      // >= N_out
+  const float* output_scale = nullptr;  // [] (device), may be nullptr; quantizes y to int8
   int output_qmin = -128;
   int output_qmax = 127;
 
-  int m = 0;                             // tokens, 0 is allowed
-  int n = 0;                             // output channels
+  int m = 0;  // tokens, 0 is allowed
+  int n = 0;  // output channels
   int k = 0;
 
   // gemm_w4_workspace_bytes(config) bytes, 16-byte aligned, whose first kGemmW4CounterBytes are
@@ -57,8 +59,8 @@ struct GemmW4Params {
   void* workspace = nullptr;
 
   // True lets the launch overlap the end of the kernel before it in the stream (programmatic
-  // dependent launch): weights are prefetched before that kernel has finished, so it must not be the
-  // one that writes them. Everything else is read after it.
+  // dependent launch): weights are prefetched before that kernel has finished, so it must not be
+  // the one that writes them. Everything else is read after it.
   bool weight_is_constant = false;
 };
 

@@ -19,10 +19,12 @@
 //   others' parts and runs the epilogue. Integer addition is exact, so the result does not depend
 //   on the order of arrival.
 //   With kSplitK > 1 a cluster is kSplitK CTAs on one tile, each with its part of K; the parts meet
-//   in distributed shared memory, and each CTA finishes its share of the tokens. One tile a cluster.
+//   in distributed shared memory, and each CTA finishes its share of the tokens. One tile a
+//   cluster.
 // Block: 3 warpgroups. Warpgroup 0 is the producer (two threads feed the copy engine); 1 and 2
 //   each own kM64 groups of 64 channels and all tokens of the tile.
-// Smem: kStages * (BLOCK_TOKENS * 128 + BLOCK_ROWS * 16 * weight_bits) + 2 * staging (8 KB at most).
+// Smem: kStages * (BLOCK_TOKENS * 128 + BLOCK_ROWS * 16 * weight_bits) + 2 * staging (8 KB at
+// most).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -67,8 +69,7 @@ __device__ __forceinline__ void gemm_w4_sm90_produce_x(const CUtensorMap* x_map,
   constexpr int kPartTokens = Traits::BLOCK_TOKENS / Traits::kCluster;
   const uint32_t part_offset = cta.rank * kPartTokens * Traits::BLOCK_K;
   gemm_w4_sm90_produce<Traits>(
-      args, smem, cta, Traits::kXBytes,
-      [&](const GemmW4Segment& segment, int k, int stage) {
+      args, smem, cta, Traits::kXBytes, [&](const GemmW4Segment& segment, int k, int stage) {
         const int token = segment.token_tile * Traits::BLOCK_TOKENS + cta.rank * kPartTokens;
         const uint32_t destination = smem.x(stage) + part_offset;
         if constexpr (Traits::kCluster > 1)
@@ -105,8 +106,8 @@ __device__ __forceinline__ void gemm_w4_sm90_produce_w(const GemmW4Sm90Args& arg
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
-gemm_w4_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
-                    const __grid_constant__ GemmW4Sm90Args args) {
+    gemm_w4_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
+                        const __grid_constant__ GemmW4Sm90Args args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ uint8_t smem_raw[];
   const GemmW4Sm90Smem<Traits> smem{(smem_address(smem_raw) + 1023) & ~1023u};
@@ -128,10 +129,9 @@ gemm_w4_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
 
   constexpr int kClusterSize = Traits::kCluster * Traits::kSplitK;
   const int cta_rank = kClusterSize > 1 ? static_cast<int>(cluster_cta_rank()) : 0;
-  const GemmW4CtaPosition cta{static_cast<int>(blockIdx.x) / kClusterSize,
-                              static_cast<int>(gridDim.x) / kClusterSize,
-                              Traits::kCluster > 1 ? cta_rank : 0,
-                              Traits::kSplitK > 1 ? cta_rank : 0};
+  const GemmW4CtaPosition cta{
+      static_cast<int>(blockIdx.x) / kClusterSize, static_cast<int>(gridDim.x) / kClusterSize,
+      Traits::kCluster > 1 ? cta_rank : 0, Traits::kSplitK > 1 ? cta_rank : 0};
   // The producer gives most of its registers to the consumers.
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Traits::kProducerRegisters));
@@ -159,8 +159,7 @@ gemm_w4_sm90_kernel(const __grid_constant__ CUtensorMap x_map,
         consumer.store(segment);
         break;  // one tile a cluster
       } else {
-        if (segment.stream_k_tile < 0 || consumer.reduce_partials(segment))
-          consumer.store(segment);
+        if (segment.stream_k_tile < 0 || consumer.reduce_partials(segment)) consumer.store(segment);
       }
     }
   }

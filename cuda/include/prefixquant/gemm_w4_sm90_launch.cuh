@@ -8,8 +8,8 @@
 
 namespace prefixquant {
 
-// Every compiled tile: X(weight_bits, m64_groups, block_tokens, cluster, split_k); channels of a CTA
-// tile = 128 * m64_groups. One explicit instantiation each, in src/inst/gemm_w4_sm90_*.cu.
+// Every compiled tile: X(weight_bits, m64_groups, block_tokens, cluster, split_k); channels of a
+// CTA tile = 128 * m64_groups. One explicit instantiation each, in src/inst/gemm_w4_sm90_*.cu.
 #define PQ_GEMM_W4_SM90_TILES(X) \
   X(4, 1, 256, 2, 1)             \
   X(4, 1, 192, 2, 1)             \
@@ -61,7 +61,7 @@ void launch_gemm_w4_sm90_tile(const CUtensorMap& x_map, const GemmW4Sm90Args& ar
   PQ_CUDA_CHECK(cudaLaunchKernelEx(&launch, kernel, x_map, args));
 }
 
-#define PQ_INSTANTIATE_GEMM_W4_SM90(bits, m64, tokens, cluster, split)                       \
+#define PQ_INSTANTIATE_GEMM_W4_SM90(bits, m64, tokens, cluster, split)                         \
   template void launch_gemm_w4_sm90_tile<GemmW4Sm90Traits<bits, m64, tokens, cluster, split>>( \
       const CUtensorMap&, const GemmW4Sm90Args&, int, cudaStream_t);
 

@@ -13,11 +13,11 @@ namespace prefixquant {
 
 inline constexpr int kSm90SmemLimit = 232448;  // bytes a block can have on sm_90 (227 KB)
 
-template <int kWeightBits_,  // 4 or 8
-          int kM64_,         // groups of 64 channels a consumer warpgroup owns
-          int BLOCK_TOKENS_, // N of the wgmma
-          int kCluster_,     // CTAs of a cluster that share the activations, on different channels
-          int kSplitK_ = 1>  // CTAs of a cluster that share one tile, on different parts of K
+template <int kWeightBits_,   // 4 or 8
+          int kM64_,          // groups of 64 channels a consumer warpgroup owns
+          int BLOCK_TOKENS_,  // N of the wgmma
+          int kCluster_,      // CTAs of a cluster that share the activations, on different channels
+          int kSplitK_ = 1>   // CTAs of a cluster that share one tile, on different parts of K
 struct GemmW4Sm90Traits {
   static constexpr int kWeightBits = kWeightBits_;
   static constexpr int kM64 = kM64_;
@@ -34,8 +34,9 @@ struct GemmW4Sm90Traits {
   // After the parts of K have met, each CTA of a split finishes its share of the tokens. The
   // epilogue transposes 64 channels x kStagingTokens at a time, 128 bytes a token.
   static constexpr int kFinalTokens = BLOCK_TOKENS / kSplitK;
-  static constexpr int kStagingTokens =
-      kFinalTokens % 64 == 0 ? 64 : kFinalTokens % 32 == 0 ? 32 : 16;
+  static constexpr int kStagingTokens = kFinalTokens % 64 == 0   ? 64
+                                        : kFinalTokens % 32 == 0 ? 32
+                                                                 : 16;
   static constexpr int kStagingBytes = kStagingTokens * 128;
   static constexpr int kFixedBytes = 1024 /* alignment */ + kConsumers * kStagingBytes + 1024;
   static constexpr int kFit = (kSm90SmemLimit - kFixedBytes) / kStageBytes;
@@ -63,15 +64,15 @@ struct GemmW4Sm90Traits {
 struct GemmW4Sm90Args {
   const uint8_t* weight;
   EpilogueArgs epilogue;
-  int k_iterations;       // padded K / 128
-  int row_groups;         // groups of 64 rows in the prepacked weight
-  int row_tiles;          // cluster tiles along the channels
+  int k_iterations;  // padded K / 128
+  int row_groups;    // groups of 64 rows in the prepacked weight
+  int row_tiles;     // cluster tiles along the channels
   int token_tiles;
-  int token_tile_group;   // token tiles visited before moving on along the channels (L2 reuse)
-  int dp_tiles;           // cluster tiles computed whole
-  int stream_k_tiles;     // cluster tiles cut along K
-  int* counters;          // [stream_k_tiles, kCluster, 2], zero before and after each launch
-  int4* partials;         // [clusters, 2, kCluster, 2] slots of one warpgroup's accumulators
+  int token_tile_group;  // token tiles visited before moving on along the channels (L2 reuse)
+  int dp_tiles;          // cluster tiles computed whole
+  int stream_k_tiles;    // cluster tiles cut along K
+  int* counters;         // [stream_k_tiles, kCluster, 2], zero before and after each launch
+  int4* partials;        // [clusters, 2, kCluster, 2] slots of one warpgroup's accumulators
 };
 
 // One piece of work of a cluster: iterations [k_begin, k_end) of one cluster tile.

@@ -33,10 +33,10 @@
 
 namespace prefixquant {
 
-inline constexpr int kPackRows = 64;           // rows of one fragment block
-inline constexpr int kPackK = 128;             // K padding: one pipeline stage of the wgmma kernel
+inline constexpr int kPackRows = 64;  // rows of one fragment block
+inline constexpr int kPackK = 128;    // K padding: one pipeline stage of the wgmma kernel
 inline constexpr int kFragmentBlockBytes = 2048;
-inline constexpr int kFragmentThreads = 128;   // threads sharing one fragment block
+inline constexpr int kFragmentThreads = 128;  // threads sharing one fragment block
 
 // K covered by one fragment block: 64 for 4-bit weights, 32 for 8-bit ones.
 constexpr int fragment_block_k(int weight_bits) { return weight_bits == 4 ? 64 : 32; }

@@ -10,7 +10,8 @@
 
 namespace prefixquant {
 
-// L2 eviction policies as the 64-bit constants `createpolicy.fractional` yields for a fraction of 1.
+// L2 eviction policies as the 64-bit constants `createpolicy.fractional` yields for a fraction
+// of 1.
 inline constexpr uint64_t kL2EvictNormal = 0x1000000000000000ull;
 inline constexpr uint64_t kL2EvictFirst = 0x12F0000000000000ull;
 inline constexpr uint64_t kL2EvictLast = 0x14F0000000000000ull;

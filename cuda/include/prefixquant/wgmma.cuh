@@ -61,7 +61,7 @@ __device__ __forceinline__ uint64_t wgmma_descriptor_128b(uint32_t smem) {
 #define PQ_REGS_13 "%104, %105, %106, %107, %108, %109, %110, %111"
 #define PQ_REGS_14 "%112, %113, %114, %115, %116, %117, %118, %119"
 #define PQ_REGS_15 "%120, %121, %122, %123, %124, %125, %126, %127"
-#define PQ_ACC_8(i) \
+#define PQ_ACC_8(i)                                                                           \
   "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), \
       "+r"(d[i + 6]), "+r"(d[i + 7])
 #define PQ_WGMMA_INPUTS(a, b_descriptor, accumulate) \
@@ -77,8 +77,7 @@ struct WgmmaS8<16> {
                                              uint64_t b_descriptor, uint32_t accumulate) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 {"
-        PQ_REGS_0
+        "wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 {" PQ_REGS_0
         "}, {%8, %9, %10, %11}, %12, p;\n}"
         : PQ_ACC_8(0)
         : PQ_WGMMA_INPUTS(a, b_descriptor, accumulate));
@@ -91,8 +90,7 @@ struct WgmmaS8<32> {
                                              uint64_t b_descriptor, uint32_t accumulate) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {"
-        PQ_REGS_0 ", " PQ_REGS_1
+        "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {" PQ_REGS_0 ", " PQ_REGS_1
         "}, {%16, %17, %18, %19}, %20, p;\n}"
         : PQ_ACC_8(0), PQ_ACC_8(8)
         : PQ_WGMMA_INPUTS(a, b_descriptor, accumulate));
@@ -105,9 +103,8 @@ struct WgmmaS8<64> {
                                              uint64_t b_descriptor, uint32_t accumulate) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
-        PQ_REGS_0 ", " PQ_REGS_1 ", " PQ_REGS_2 ", " PQ_REGS_3
-        "}, {%32, %33, %34, %35}, %36, p;\n}"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" PQ_REGS_0 ", " PQ_REGS_1 ", " PQ_REGS_2
+        ", " PQ_REGS_3 "}, {%32, %33, %34, %35}, %36, p;\n}"
         : PQ_ACC_8(0), PQ_ACC_8(8), PQ_ACC_8(16), PQ_ACC_8(24)
         : PQ_WGMMA_INPUTS(a, b_descriptor, accumulate));
   }
@@ -119,9 +116,8 @@ struct WgmmaS8<96> {
                                              uint64_t b_descriptor, uint32_t accumulate) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %53, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 {"
-        PQ_REGS_0 ", " PQ_REGS_1 ", " PQ_REGS_2 ", " PQ_REGS_3 ", " PQ_REGS_4 ", " PQ_REGS_5
-        "}, {%48, %49, %50, %51}, %52, p;\n}"
+        "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 {" PQ_REGS_0 ", " PQ_REGS_1 ", " PQ_REGS_2
+        ", " PQ_REGS_3 ", " PQ_REGS_4 ", " PQ_REGS_5 "}, {%48, %49, %50, %51}, %52, p;\n}"
         : PQ_ACC_8(0), PQ_ACC_8(8), PQ_ACC_8(16), PQ_ACC_8(24), PQ_ACC_8(32), PQ_ACC_8(40)
         : PQ_WGMMA_INPUTS(a, b_descriptor, accumulate));
   }
@@ -133,9 +129,8 @@ struct WgmmaS8<128> {
                                              uint64_t b_descriptor, uint32_t accumulate) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
-        PQ_REGS_0 ", " PQ_REGS_1 ", " PQ_REGS_2 ", " PQ_REGS_3 ", " PQ_REGS_4 ", " PQ_REGS_5 ", "
-        PQ_REGS_6 ", " PQ_REGS_7
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" PQ_REGS_0 ", " PQ_REGS_1
+        ", " PQ_REGS_2 ", " PQ_REGS_3 ", " PQ_REGS_4 ", " PQ_REGS_5 ", " PQ_REGS_6 ", " PQ_REGS_7
         "}, {%64, %65, %66, %67}, %68, p;\n}"
         : PQ_ACC_8(0), PQ_ACC_8(8), PQ_ACC_8(16), PQ_ACC_8(24), PQ_ACC_8(32), PQ_ACC_8(40),
           PQ_ACC_8(48), PQ_ACC_8(56)
@@ -149,9 +144,9 @@ struct WgmmaS8<192> {
                                              uint64_t b_descriptor, uint32_t accumulate) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %101, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n192k32.s32.s8.s8 {"
-        PQ_REGS_0 ", " PQ_REGS_1 ", " PQ_REGS_2 ", " PQ_REGS_3 ", " PQ_REGS_4 ", " PQ_REGS_5 ", "
-        PQ_REGS_6 ", " PQ_REGS_7 ", " PQ_REGS_8 ", " PQ_REGS_9 ", " PQ_REGS_10 ", " PQ_REGS_11
+        "wgmma.mma_async.sync.aligned.m64n192k32.s32.s8.s8 {" PQ_REGS_0 ", " PQ_REGS_1
+        ", " PQ_REGS_2 ", " PQ_REGS_3 ", " PQ_REGS_4 ", " PQ_REGS_5 ", " PQ_REGS_6 ", " PQ_REGS_7
+        ", " PQ_REGS_8 ", " PQ_REGS_9 ", " PQ_REGS_10 ", " PQ_REGS_11
         "}, {%96, %97, %98, %99}, %100, p;\n}"
         : PQ_ACC_8(0), PQ_ACC_8(8), PQ_ACC_8(16), PQ_ACC_8(24), PQ_ACC_8(32), PQ_ACC_8(40),
           PQ_ACC_8(48), PQ_ACC_8(56), PQ_ACC_8(64), PQ_ACC_8(72), PQ_ACC_8(80), PQ_ACC_8(88)
@@ -165,11 +160,10 @@ struct WgmmaS8<256> {
                                              uint64_t b_descriptor, uint32_t accumulate) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {"
-        PQ_REGS_0 ", " PQ_REGS_1 ", " PQ_REGS_2 ", " PQ_REGS_3 ", " PQ_REGS_4 ", " PQ_REGS_5 ", "
-        PQ_REGS_6 ", " PQ_REGS_7 ", " PQ_REGS_8 ", " PQ_REGS_9 ", " PQ_REGS_10 ", "
-        PQ_REGS_11 ", " PQ_REGS_12 ", " PQ_REGS_13 ", " PQ_REGS_14 ", " PQ_REGS_15
-        "}, {%128, %129, %130, %131}, %132, p;\n}"
+        "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {" PQ_REGS_0 ", " PQ_REGS_1
+        ", " PQ_REGS_2 ", " PQ_REGS_3 ", " PQ_REGS_4 ", " PQ_REGS_5 ", " PQ_REGS_6 ", " PQ_REGS_7
+        ", " PQ_REGS_8 ", " PQ_REGS_9 ", " PQ_REGS_10 ", " PQ_REGS_11 ", " PQ_REGS_12
+        ", " PQ_REGS_13 ", " PQ_REGS_14 ", " PQ_REGS_15 "}, {%128, %129, %130, %131}, %132, p;\n}"
         : PQ_ACC_8(0), PQ_ACC_8(8), PQ_ACC_8(16), PQ_ACC_8(24), PQ_ACC_8(32), PQ_ACC_8(40),
           PQ_ACC_8(48), PQ_ACC_8(56), PQ_ACC_8(64), PQ_ACC_8(72), PQ_ACC_8(80), PQ_ACC_8(88),
           PQ_ACC_8(96), PQ_ACC_8(104), PQ_ACC_8(112), PQ_ACC_8(120)
