@@ -17,13 +17,13 @@ from prefixquant import text as texts
 from prefixquant.compare import Candidate, compare
 from prefixquant.config import RecipeConfig, Scheme
 from prefixquant.loading import load_float_model
+from prefixquant.quantize import find_prefix
 from prefixquant.report import describe_search, plain, replace_files, report_json, table
 from prefixquant.workflow import (
     Origin,
     Protocol,
     calibration_tokens,
     quantize_and_save,
-    search_once,
 )
 
 SCHEMES = ("w4a4kv4", "w4a8kv4")
@@ -87,7 +87,7 @@ def main() -> None:
         )
         for scheme in SCHEMES
     ]
-    search = search_once(float_model, tokenizer, recipes[0], calibration, progress)
+    search = find_prefix(float_model, tokenizer, recipes[0], calibration, progress)
     candidates = {
         "float": Candidate(float_model),
         "float with the prefix": Candidate(float_model, search.prefix),

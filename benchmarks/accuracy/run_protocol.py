@@ -11,6 +11,7 @@ agreement are against the float model with the verified prefix.
 """
 
 import argparse
+import dataclasses
 import gc
 import subprocess
 import sys
@@ -25,18 +26,19 @@ from prefixquant.config import RecipeConfig, Scheme
 from prefixquant.doctor import environment
 from prefixquant.loading import load_float_model
 from prefixquant.prefix import paper_prefix
+from prefixquant.quantize import find_prefix
 from prefixquant.report import replace_files, report_json
+from prefixquant.simulate import SimulatedModel
 from prefixquant.workflow import (
     Origin,
     Protocol,
     calibration_tokens,
     quantize_and_save,
     saved_configs,
-    search_once,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = ("w4a4kv4:none", "w4a4kv4:verified", "w4a8kv4:verified")
+SETTINGS = ("w4a4kv4:none", "w4a4kv4:verified", "w4a4kv4:paper", "w4a8kv4:verified")
 REFERENCE = "float, verified prefix"
 
 
@@ -91,15 +93,19 @@ def main() -> None:
     samples = protocol.samples(content, tokenizer)
     calibration = calibration_tokens(content, tokenizer)
 
-    search = search_once(
+    search = find_prefix(
         float_model, tokenizer, RecipeConfig(prefix="verified"), calibration, progress
     )
+    by_paper = dataclasses.replace(
+        search, mode="paper", prefix=paper_prefix(search.steps[0], search.bos)
+    )
+    searches = {"verified": search, "paper": by_paper}
     # The float model under every prefix of interest; the same prefix is measured once.
     prefixes: dict[str, tuple[int, ...]] = {"float": ()}
     for name, ids in (
         (REFERENCE, search.prefix),
         ("float, BOS", (search.bos,)),
-        ("float, paper's prefix", paper_prefix(search.steps[0], search.bos)),
+        ("float, paper's prefix", by_paper.prefix),
     ):
         if ids not in prefixes.values():
             prefixes[name] = ids
@@ -118,13 +124,17 @@ def main() -> None:
                 calibration,
                 folder,
                 origin=Origin(arguments.name, protocol.text, command=("run_protocol.py",)),
-                search=search if mode == "verified" else None,
+                search=searches.get(mode),
                 overwrite=True,
                 progress=progress,
             )
         label = f"{scheme.upper()} static, {'no' if mode == 'none' else mode} prefix"
         prefixes[label] = saved_configs(folder)[1].prefix_token_ids
         candidates[label] = Candidate(prefixquant.load(folder, device=arguments.device))
+        if mode == "verified":  # what the kernels compute, by float products on the same integers
+            prefixes[f"{label}, simulated"] = prefixes[label]
+            simulated = SimulatedModel(folder, device=arguments.device)
+            candidates[f"{label}, simulated"] = Candidate(simulated)
         gc.collect()
 
     measured = compare(candidates, REFERENCE, samples, progress)

@@ -17,7 +17,7 @@ from prefixquant.errors import UnsupportedModelError
 from prefixquant.prefix import PrefixSearch, prefix_texts, search_prefix
 from prefixquant.progress import SILENT, Progress
 from prefixquant.roles import model_geometry, model_roles
-from prefixquant.rotate import plan_rotations
+from prefixquant.rotate import RotationPlan, plan_rotations
 from prefixquant.text import sample_windows
 
 
@@ -54,13 +54,7 @@ def quantize(
         UnsupportedModelError: architecture or sizes that cannot be quantized.
         UserError: too little calibration text, or a wrong recipe.
     """
-    model_roles(model.config)
-    geometry = model_geometry(model.config)
-    _check_sizes(geometry)
-    plan = plan_rotations(
-        geometry, rotate=recipe.rotate, r4_block_size=recipe.r4_block_size, seed=recipe.seed
-    )
-    scan_samples = sample_windows(calibration, recipe.nsamples, recipe.seqlen, recipe.seed)
+    plan = _plan(model, recipe)
     search_samples = sample_windows(
         calibration, recipe.search_samples, recipe.search_seqlen, recipe.seed
     )
@@ -69,15 +63,7 @@ def quantize(
 
     start = time.monotonic()
     if search is None:
-        search = search_prefix(
-            model,
-            tokenizer,
-            scan_samples,
-            mode=recipe.prefix,
-            eta=recipe.eta,
-            r4_size=plan.r4_size,
-            progress=progress,
-        )
+        search = find_prefix(model, tokenizer, recipe, calibration, progress)
     seconds["prefix_search"] = time.monotonic() - start
 
     start = time.monotonic()
@@ -112,6 +98,35 @@ def quantize(
     )
     report = {"prefix": search.to_dict(tokenizer), "blocks": blocks, "stage_seconds": seconds}
     return QuantizedModel(packer.tensors, quantization, report)
+
+
+def find_prefix(
+    model: nn.Module,
+    tokenizer,
+    recipe: RecipeConfig,
+    calibration: Tensor,
+    progress: Progress = SILENT,
+) -> PrefixSearch:
+    """The prefix search of `quantize` by itself, to share it between recipes that differ only in
+    their scheme."""
+    return search_prefix(
+        model,
+        tokenizer,
+        sample_windows(calibration, recipe.nsamples, recipe.seqlen, recipe.seed),
+        mode=recipe.prefix,
+        eta=recipe.eta,
+        r4_size=_plan(model, recipe).r4_size,
+        progress=progress,
+    )
+
+
+def _plan(model: nn.Module, recipe: RecipeConfig) -> RotationPlan:
+    model_roles(model.config)
+    geometry = model_geometry(model.config)
+    _check_sizes(geometry)
+    return plan_rotations(
+        geometry, rotate=recipe.rotate, r4_block_size=recipe.r4_block_size, seed=recipe.seed
+    )
 
 
 def _check_sizes(geometry) -> None:

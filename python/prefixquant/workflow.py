@@ -56,22 +56,6 @@ def calibration_tokens(content: str, tokenizer: Any) -> torch.Tensor:
     return texts.split_tokens(texts.tokenize(content, tokenizer), CALIBRATION_FRACTION)[0]
 
 
-def search_once(
-    float_model: Any,
-    tokenizer: Any,
-    recipe: RecipeConfig,
-    calibration: torch.Tensor,
-    progress: Progress = SILENT,
-) -> Any:
-    """The `PrefixSearch` that `quantize` would make, to share it between recipes of one prefix."""
-    from prefixquant.prefix import search_prefix
-
-    samples = texts.sample_windows(calibration, recipe.nsamples, recipe.seqlen, recipe.seed)
-    return search_prefix(
-        float_model, tokenizer, samples, mode=recipe.prefix, eta=recipe.eta, progress=progress
-    )
-
-
 def load_any(
     target: str | os.PathLike, device: torch.device | str = "cpu", dtype: Any = None
 ) -> tuple[Any, Any]:
