@@ -15,9 +15,8 @@ void bind_cuda(py::module_& m) {
         arg("stream"), nogil);
   m.def("unprepack_cuda", &pq::unprepack_cuda, arg("prepacked"), arg("bits"), arg("weight"),
         arg("stream"), nogil);
-  m.def("gemm_config_cuda", &pq::gemm_config_cuda, arg("m"), arg("n"), arg("k"),
-        arg("weight_bits"), arg("activation_bits"), arg("sm_count"), arg("arch"),
-        arg("family") = "");
+  m.def("gemm_config_cuda", &pq::gemm_config_cuda, arg("m"), arg("n"), arg("k"), arg("weight_bits"),
+        arg("activation_bits"), arg("sm_count"), arg("arch"), arg("family") = "");
   m.def("gemm_config_text", &pq::gemm_config_text, arg("config"));
   m.def("gemm_plan_cuda", &pq::gemm_plan_cuda, arg("m"), arg("n"), arg("k"), arg("weight_bits"),
         arg("activation_bits"), arg("device"));
@@ -30,11 +29,11 @@ void bind_cuda(py::module_& m) {
          const pq::TensorView& weight_scale, const pq::TensorView& input_scale,
          const pq::OptionalTensor& bias, const pq::OptionalTensor& residual,
          const pq::OptionalTensor& output_scale, const std::string& rounding, int64_t output_bits,
-         bool swiglu, const pq::TensorView& y,
-         const pq::OptionalTensor& workspace, const pq::GemmConfigList& config, uintptr_t stream) {
+         bool swiglu, const pq::TensorView& y, const pq::OptionalTensor& workspace,
+         const pq::GemmConfigList& config, uintptr_t stream) {
         pq::gemm_cuda(x, weight, weight_bits, weight_scale, input_scale, bias,
-                      {residual, output_scale, rounding, output_bits, swiglu}, y,
-                      workspace, config, stream);
+                      {residual, output_scale, rounding, output_bits, swiglu}, y, workspace, config,
+                      stream);
       },
       arg("x"), arg("weight"), arg("weight_bits"), arg("weight_scale"), arg("input_scale"),
       arg("bias"), arg("residual"), arg("output_scale"), arg("rounding"), arg("output_bits"),

@@ -32,11 +32,11 @@ void check_prepacked(const ArgumentChecker& check, const TensorView& t, const ch
   check.dtype(t, name, DType::kUInt8);
   check.contiguous(t, name);
   const int64_t rows = padded_rows(n) / kPackRows, blocks = padded_k(k) / fragment_block_k(bits);
-  PQ_CHECK(check.op,
-           t.ndim == 3 && t.size(0) == rows && t.size(1) == blocks &&
-               t.size(2) == kFragmentBlockBytes,
-           name, ": expected a prepacked weight of shape [", rows, ", ", blocks, ", ",
-           kFragmentBlockBytes, "], got ", t.shape_text());
+  PQ_CHECK(
+      check.op,
+      t.ndim == 3 && t.size(0) == rows && t.size(1) == blocks && t.size(2) == kFragmentBlockBytes,
+      name, ": expected a prepacked weight of shape [", rows, ", ", blocks, ", ",
+      kFragmentBlockBytes, "], got ", t.shape_text());
   check.aligned(t, name, 16);
 }
 
@@ -58,10 +58,14 @@ DType rounding_dtype(const char* op, const std::string& name) {
 
 GemmDtype gemm_dtype(DType dtype) {
   switch (dtype) {
-    case DType::kFloat16: return GemmDtype::kFloat16;
-    case DType::kBFloat16: return GemmDtype::kBFloat16;
-    case DType::kInt32: return GemmDtype::kInt32;
-    default: return GemmDtype::kFloat32;
+    case DType::kFloat16:
+      return GemmDtype::kFloat16;
+    case DType::kBFloat16:
+      return GemmDtype::kBFloat16;
+    case DType::kInt32:
+      return GemmDtype::kInt32;
+    default:
+      return GemmDtype::kFloat32;
   }
 }
 
@@ -83,14 +87,21 @@ void check_rows(const ArgumentChecker& check, const TensorView& t, const char* n
 int64_t row_stride(const TensorView& t) { return t.size(0) <= 1 ? t.size(1) : t.stride(0); }
 
 GemmConfigList to_list(const GemmW4Config& c) {
-  return {static_cast<int64_t>(c.kernel), c.block_rows, c.block_tokens, c.stages,
-          c.cluster,                      c.grid,       c.split_k,      c.stream_k_tiles};
+  return {static_cast<int64_t>(c.kernel),
+          c.block_rows,
+          c.block_tokens,
+          c.stages,
+          c.cluster,
+          c.grid,
+          c.split_k,
+          c.stream_k_tiles};
 }
 
 GemmW4Config from_list(const GemmConfigList& list) {
-  PQ_CHECK("gemm_w4", list.size() == 8 && list[0] >= 0 &&
-                          list[0] <= static_cast<int>(GemmW4Kernel::kMmaInt4Sm80),
-           "config: expected 8 integers, the first one a kernel");
+  PQ_CHECK(
+      "gemm_w4",
+      list.size() == 8 && list[0] >= 0 && list[0] <= static_cast<int>(GemmW4Kernel::kMmaInt4Sm80),
+      "config: expected 8 integers, the first one a kernel");
   GemmW4Config c;
   c.kernel = static_cast<GemmW4Kernel>(list[0]);
   int* const fields[] = {&c.block_rows, &c.block_tokens, &c.stages,        &c.cluster,
@@ -141,9 +152,8 @@ GemmConfigList gemm_config_cuda(int64_t m, int64_t n, int64_t k, int64_t weight_
                                 const std::string& family) {
   const char* op = "gemm_w4";
   check_bits(op, weight_bits);
-  const GemmW4Shape shape{checked_int(op, "m", m), checked_int(op, "n", n),
-                          checked_int(op, "k", k), static_cast<int>(weight_bits),
-                          static_cast<int>(activation_bits)};
+  const GemmW4Shape shape{checked_int(op, "m", m), checked_int(op, "n", n), checked_int(op, "k", k),
+                          static_cast<int>(weight_bits), static_cast<int>(activation_bits)};
   const int sms = checked_int(op, "sm_count", sm_count), sm_arch = checked_int(op, "arch", arch);
   if (family == "mma") return to_list(choose_gemm_w4_mma_config(shape, sms, sm_arch));
   if (family == "wgmma") return to_list(choose_gemm_w4_sm90_config(shape, sms));
@@ -252,11 +262,11 @@ void gemm_cuda(const TensorView& x, const TensorView& weight, int64_t weight_bit
   if (m == 0 || n == 0) return;
 
   check.aligned(x, "x", kRowAlignment);
-  PQ_CHECK(op, p.x_row_stride % kRowAlignment == 0, "x: expected a row stride that is a multiple of ",
-           kRowAlignment, ", got ", p.x_row_stride);
+  PQ_CHECK(op, p.x_row_stride % kRowAlignment == 0,
+           "x: expected a row stride that is a multiple of ", kRowAlignment, ", got ",
+           p.x_row_stride);
   const GemmW4Config chosen = from_list(config);
-  const size_t needed = gemm_w4_workspace_bytes(
-      {m, n, k, static_cast<int>(weight_bits)}, chosen);
+  const size_t needed = gemm_w4_workspace_bytes({m, n, k, static_cast<int>(weight_bits)}, chosen);
   if (needed > 0) {
     PQ_CHECK(op, workspace.has_value(), "workspace: expected one of ", needed, " bytes, got none");
     check.on_cuda(*workspace, "workspace", device);

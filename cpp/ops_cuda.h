@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA operations of the extension. As in ops.h, each checks its arguments and launches; outputs
-// and workspaces are allocated by the caller. The device is that of the first tensor, and the caller
-// has made it the current one; `stream` is a cudaStream_t.
+// The CUDA operations of the extension. As in ops.h, each checks its arguments and launches;
+// outputs and workspaces are allocated by the caller. The device is that of the first tensor, and
+// the caller has made it the current one; `stream` is a cudaStream_t.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,8 @@ void unprepack_cuda(const TensorView& prepacked, int64_t bits, const TensorView&
 
 // kernel, block_rows, block_tokens, stages, cluster, grid, split_k, stream_k_tiles: GemmW4Config.
 using GemmConfigList = std::vector<int64_t>;
-// `family`: "" for the choice among all kernels, or "mma", "wgmma", "mma_int4" for that family's own.
+// `family`: "" for the choice among all kernels, or "mma", "wgmma", "mma_int4" for that family's
+// own.
 GemmConfigList gemm_config_cuda(int64_t m, int64_t n, int64_t k, int64_t weight_bits,
                                 int64_t activation_bits, int64_t sm_count, int64_t arch,
                                 const std::string& family);

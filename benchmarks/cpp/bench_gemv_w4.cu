@@ -3,7 +3,8 @@
 // Small self-checking launches of every kernel family, made for compute-sanitizer; needs no Python.
 //   bench_gemv_w4 [mma|mma_int4|wgmma]...     (default: all that the device has)
 //   compute-sanitizer --tool memcheck|racecheck|synccheck bench_gemv_w4 mma
-// Buffers have exactly the sizes that the interface asks for, so that memcheck sees a byte too many.
+// Buffers have exactly the sizes that the interface asks for, so that memcheck sees a byte too
+// many.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -21,15 +22,14 @@ namespace {
 struct Shape {
   int m, n, k;
 };
-constexpr Shape kShapes[] = {{1, 64, 64},    {1, 100, 576},  {3, 40, 1536},  {8, 136, 4096},
+constexpr Shape kShapes[] = {{1, 64, 64},    {1, 100, 576},  {3, 40, 1536},   {8, 136, 4096},
                              {17, 257, 576}, {33, 128, 200}, {64, 300, 2048}, {137, 144, 640}};
 
 template <typename T>
 T* to_device(const std::vector<T>& host) {
   T* device = nullptr;
   PQ_CUDA_CHECK(cudaMalloc(reinterpret_cast<void**>(&device), host.size() * sizeof(T)));
-  PQ_CUDA_CHECK(
-      cudaMemcpy(device, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+  PQ_CUDA_CHECK(cudaMemcpy(device, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
   return device;
 }
 
@@ -65,7 +65,8 @@ int run(const std::string& family, const Shape& s, int bits, int sm_count) {
   p.m = s.m, p.n = s.n, p.k = s.k;
   p.workspace = to_device(zeros), p.weight_is_constant = true;
   launch_gemm_w4(p, config, nullptr);
-  PQ_CUDA_CHECK(cudaMemcpy(out.data(), p.out, out.size() * sizeof(int32_t), cudaMemcpyDeviceToHost));
+  PQ_CUDA_CHECK(
+      cudaMemcpy(out.data(), p.out, out.size() * sizeof(int32_t), cudaMemcpyDeviceToHost));
   // Once more through the fused epilogue, whose result only has to be addressed correctly here.
   p.out_dtype = GemmDtype::kBFloat16, p.output_scale = p.input_scale;
   launch_gemm_w4(p, config, nullptr);
@@ -81,11 +82,10 @@ int run(const std::string& family, const Shape& s, int bits, int sm_count) {
   }
   std::cout << family << " w" << bits << " " << s.m << "x" << s.n << "x" << s.k << " " << config
             << (wrong ? "  WRONG" : "  exact") << std::endl;
-  for (const void* pointer : {static_cast<const void*>(p.x), p.weight,
-                              static_cast<const void*>(p.weight_scale),
-                              static_cast<const void*>(p.input_scale),
-                              static_cast<const void*>(p.out),
-                              static_cast<const void*>(p.workspace)})
+  for (const void* pointer :
+       {static_cast<const void*>(p.x), p.weight, static_cast<const void*>(p.weight_scale),
+        static_cast<const void*>(p.input_scale), static_cast<const void*>(p.out),
+        static_cast<const void*>(p.workspace)})
     PQ_CUDA_CHECK(cudaFree(const_cast<void*>(pointer)));
   return wrong;
 }

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// CUTLASS's int8 GEMM behind a C function, so that benchmarks/bench_gemm_w4.py can time it with ctypes
-// in the run, the stream and the CUDA graph of the other kernels.
+// CUTLASS's int8 GEMM behind a C function, so that benchmarks/bench_gemm_w4.py can time it with
+// ctypes in the run, the stream and the CUDA graph of the other kernels.
 #include <exception>
 
 #include "peers.h"
 
-// tile 0: 128x256x128, cluster 2x1x1; tile 1: 128x128x128. Returns 0, or 1 where the kernel refuses.
+// tile 0: 128x256x128, cluster 2x1x1; tile 1: 128x128x128. Returns 0, or 1 where the kernel
+// refuses.
 extern "C" __attribute__((visibility("default"))) int prefixquant_peer_cutlass_int8(
     int tile, const void* x, const void* w, void* out, int m, int n, int k, void* stream) {
   using prefixquant::bench::PeerLaunch;

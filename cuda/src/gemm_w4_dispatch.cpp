@@ -9,9 +9,10 @@
 namespace prefixquant {
 namespace {
 
-// The last M at which mma.sync is the better choice, with few row tiles and with many (these fill the
-// SMs with wgmma tiles too). H100, microseconds, mma.sync / wgmma; geometric mean of nine and of three
-// shapes over M = 8 .. 64: 13.31 at the best threshold of the first, 37.01 at that of the second.
+// The last M at which mma.sync is the better choice, with few row tiles and with many (these fill
+// the SMs with wgmma tiles too). H100, microseconds, mma.sync / wgmma; geometric mean of nine and
+// of three shapes over M = 8 .. 64: 13.31 at the best threshold of the first, 37.01 at that of the
+// second.
 //                     M = 8        16           24           32           64
 //   4096 x 4096       5.1 / 7.0    5.7 / 7.1    7.2 / 7.1    7.7 / 7.0   10.8 / 7.0
 //   4096 x 14336     19.2 / 14.5  14.6 / 14.5  16.1 / 14.8  17.0 / 14.8  26.5 / 15.2
@@ -26,12 +27,13 @@ bool is_16_bit(GemmDtype dtype) {
 }
 
 void check_arguments(const GemmW4Params& p) {
-  PQ_REQUIRE(p.m >= 0 && p.n >= 0, "gemm_w4: m, n: expected sizes >= 0, got " << p.m << ", " << p.n);
+  PQ_REQUIRE(p.m >= 0 && p.n >= 0,
+             "gemm_w4: m, n: expected sizes >= 0, got " << p.m << ", " << p.n);
   PQ_REQUIRE(p.k > 0, "gemm_w4: k: expected a positive size, got " << p.k);
   PQ_REQUIRE(p.weight_bits == 4 || p.weight_bits == 8,
              "gemm_w4: weight_bits: expected 4 or 8, got " << p.weight_bits);
-  PQ_REQUIRE(p.x_row_stride >= p.k, "gemm_w4: x: expected a row stride of at least "
-                                        << p.k << ", got " << p.x_row_stride);
+  PQ_REQUIRE(p.x_row_stride >= p.k,
+             "gemm_w4: x: expected a row stride of at least " << p.k << ", got " << p.x_row_stride);
   const bool fused = p.swiglu || p.residual != nullptr || p.output_scale != nullptr;
   PQ_REQUIRE(!fused || is_16_bit(p.out_dtype),
              "gemm_w4: out_dtype: swiglu, residual and output_scale need float16 or bfloat16");
@@ -55,9 +57,12 @@ GemmW4Config choose_gemm_w4_config(const GemmW4Shape& shape, int sm_count, int a
 
 size_t gemm_w4_workspace_bytes(const GemmW4Shape& shape, const GemmW4Config& config) {
   switch (config.kernel) {
-    case GemmW4Kernel::kWgmmaSm90: return gemm_w4_sm90_workspace_bytes(shape, config);
-    case GemmW4Kernel::kMmaInt4Sm80: return gemm_w4_sm80_workspace_bytes(shape, config);
-    default: return gemm_w4_mma_workspace_bytes(shape, config);
+    case GemmW4Kernel::kWgmmaSm90:
+      return gemm_w4_sm90_workspace_bytes(shape, config);
+    case GemmW4Kernel::kMmaInt4Sm80:
+      return gemm_w4_sm80_workspace_bytes(shape, config);
+    default:
+      return gemm_w4_mma_workspace_bytes(shape, config);
   }
 }
 
@@ -66,9 +71,12 @@ void launch_gemm_w4(const GemmW4Params& params, const GemmW4Config& config, cuda
   switch (config.kernel) {
     case GemmW4Kernel::kGemv:
     case GemmW4Kernel::kMmaSkinny:
-    case GemmW4Kernel::kMmaTiled: return launch_gemm_w4_mma(params, config, stream);
-    case GemmW4Kernel::kWgmmaSm90: return launch_gemm_w4_sm90(params, config, stream);
-    case GemmW4Kernel::kMmaInt4Sm80: return launch_gemm_w4_sm80(params, config, stream);
+    case GemmW4Kernel::kMmaTiled:
+      return launch_gemm_w4_mma(params, config, stream);
+    case GemmW4Kernel::kWgmmaSm90:
+      return launch_gemm_w4_sm90(params, config, stream);
+    case GemmW4Kernel::kMmaInt4Sm80:
+      return launch_gemm_w4_sm80(params, config, stream);
   }
   throw std::invalid_argument("gemm_w4: config: unknown kernel");
 }

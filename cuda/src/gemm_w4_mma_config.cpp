@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Config choice of the mma.sync kernel: which compiled geometry (gemm_w4_mma_launch.cuh) and how many
-// k splits. Pure arithmetic: needs no CUDA.
+// Config choice of the mma.sync kernel: which compiled geometry (gemm_w4_mma_launch.cuh) and how
+// many k splits. Pure arithmetic: needs no CUDA.
 //
 // Measured on an H100 (132 SMs), int4 weights, microseconds; T = tiles of 64 rows. "64 rows" has 16
 // warps, 4 of them along k; "128 rows" 8 warps, 2 along k.

@@ -53,7 +53,8 @@ __device__ __forceinline__ void grid_dependency_launch() {
 #endif
 }
 
-// Cluster barrier in two halves; the relaxed arrival orders nothing but what fence_mbarrier_init did.
+// Cluster barrier in two halves; the relaxed arrival orders nothing but what fence_mbarrier_init
+// did.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory");
@@ -89,6 +90,13 @@ __device__ __forceinline__ void cluster_send_int2(uint32_t smem_address, int2 v,
       "}\n" ::"r"(smem_address),
       "r"(v.x), "r"(v.y), "r"(barrier), "r"(rank)
       : "memory");
+#endif
+}
+
+// Until all that mbarrier_init_and_expect announced has arrived.
+__device__ __forceinline__ void cluster_wait_received(uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  mbarrier_wait(barrier, 0);
 #endif
 }
 

@@ -5,11 +5,12 @@
 //
 // Layout  x: int8 [m, k] row-major, row stride a multiple of 16, 16-byte aligned.
 //         weight: prepacked int4 or int8 (layout_w4.h). Epilogue: gemm_w4.h.
-// Grid    x = row tiles x token tiles, the token tile running fastest so that neighbours share their
-//         weights through L2; y = k splits, one cluster.
+// Grid    x = row tiles x token tiles, the token tile running fastest: neighbours share weights
+//         through L2; y = k splits, one cluster.
 //         A CTA owns 16 kRowTiles kRowWarps channels x 8 kTokenTiles tokens x one k split; its
 //         k-warps take the 64-k units of the split in turn.
-// Smem    [mbarrier, 16 bytes][what the other splits send: (splits - 1) / splits x tokens x rows x 4]
+// Smem    [mbarrier, 16 bytes]
+//         [what the other splits send: (splits - 1) / splits x tokens x rows x 4 bytes]
 //         [the larger of the activation buffers, tokens x (64 chunk_units + 16) bytes each, and of
 //         kKWarps slabs of int32 partial sums, tokens x (rows + 4)].
 // Limits  k <= 131071 (mma_tile.cuh); splits a power of two up to 8, 1 before sm_90.
@@ -31,9 +32,9 @@ struct GemmW4MmaLaunch {
   int64_t x_row_stride;
   const void* weight;
   int k;
-  int token_tiles;          // CTA tiles along the tokens
-  int chunk_units;          // units per activation buffer, a multiple of kKWarps x kStages
-  int chunk_buffers;        // 2, or 1 where one chunk is all
+  int token_tiles;    // CTA tiles along the tokens
+  int chunk_units;    // units per activation buffer, a multiple of kKWarps x kStages
+  int chunk_buffers;  // 2, or 1 where one chunk is all
   int log2_splits;
   bool late_trigger;        // let the next kernel start when the last loads have left, not at once
   bool weight_is_constant;  // prefetch weights before the previous kernel has finished
@@ -82,10 +83,10 @@ __device__ __forceinline__ void finish_tile(const GemmW4MmaLaunch& p, const int3
   }
   const int pair = threadIdx.x & (my_pairs - 1), first_pair = blockIdx.y * my_pairs;
   const int first_token = threadIdx.x / my_pairs, token_step = G::kThreads / my_pairs;
-  mbarrier_wait(barrier, 0);
+  cluster_wait_received(barrier);
   for (int token = first_token; token < tokens; token += token_step) {
-    int2 sum = sum_partial_pair<G>(slabs + token * G::kPartialStride + 2 * (first_pair + pair),
-                                   slab_size);
+    int2 sum =
+        sum_partial_pair<G>(slabs + token * G::kPartialStride + 2 * (first_pair + pair), slab_size);
     for (int slot = 0; slot < (1 << p.log2_splits) - 1; ++slot) {
       const int2 addend = *reinterpret_cast<const int2*>(received + slot * part_size +
                                                          2 * (token * my_pairs + pair));
@@ -174,7 +175,8 @@ __global__ void __launch_bounds__(G::kThreads)
     cluster_arrive_relaxed();
   }
   const int my_pairs = (G::kRows / 2) >> p.log2_splits;  // channel pairs this CTA finishes
-  const int channel = tile * G::kRows + 2 * (blockIdx.y * my_pairs + (threadIdx.x & (my_pairs - 1)));
+  const int channel =
+      tile * G::kRows + 2 * (blockIdx.y * my_pairs + (threadIdx.x & (my_pairs - 1)));
   const float2 scale = load_scale_pair(p.epilogue, channel);
   uint32_t x_row_offset[G::kTokenTiles];
   activation_row_offsets<G>(x_row_offset, tokens, x_row_bytes);

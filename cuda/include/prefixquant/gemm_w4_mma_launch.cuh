@@ -7,9 +7,9 @@
 #include "prefixquant/check.h"
 #include "prefixquant/gemm_w4_mma.cuh"
 
-// X(weight bits, token tiles, row tiles, row warps, k-warps, stages, int4 MMA). A config names one by
-// (block_rows, block_tokens, stages), so no two may share these. Which one for which shape, and why:
-// gemm_w4_mma_config.cpp. int8 weights take two loads a unit, hence half the stages.
+// X(weight bits, token tiles, row tiles, row warps, k-warps, stages, int4 MMA). A config names one
+// by (block_rows, block_tokens, stages), so no two may share these. Which one for which shape, and
+// why: gemm_w4_mma_config.cpp. int8 weights take two loads a unit, hence half the stages.
 #define PQ_GEMM_W4_MMA_W4(X) \
   X(4, 1, 1, 1, 4, 8, false) \
   X(4, 1, 1, 4, 2, 8, false) \
@@ -74,16 +74,17 @@ void launch_gemm_w4_mma_geometry(const GemmW4Params& p, int splits, cudaStream_t
   const int smem_bytes = gemm_w4_mma_smem_bytes<G>(tokens, chunk_units, buffers, splits);
   int log2_splits = 0;
   while ((1 << log2_splits) < splits) ++log2_splits;
-  // Where the next launch starts at once, its first loads compete with the last ones of this one. In
-  // short kernels that costs more than the head start gains: 4096 x 4096, M = 16: 5.7 against 6.7 us;
-  // M = 8, where the CTAs are smaller and there are more of them: 5.7 against 4.9 us.
+  // Where the next launch starts at once, its first loads compete with the last ones of this one.
+  // In short kernels that costs more than the head start gains: 4096 x 4096, M = 16: 5.7
+  // against 6.7 us; M = 8, where the CTAs are smaller and there are more of them: 5.7 against 4.9
+  // us.
   const bool late_trigger = G::kTokenTiles >= 2 && p.k <= 4096;
   const EpilogueArgs epilogue = make_epilogue_args(p);
-  const GemmW4MmaLaunch arguments = {epilogue,    epilogue_is_plain(epilogue),
-                                     p.x,         p.x_row_stride,
-                                     p.weight,    p.k,
-                                     token_tiles, chunk_units,
-                                     buffers,     log2_splits,
+  const GemmW4MmaLaunch arguments = {epilogue,     epilogue_is_plain(epilogue),
+                                     p.x,          p.x_row_stride,
+                                     p.weight,     p.k,
+                                     token_tiles,  chunk_units,
+                                     buffers,      log2_splits,
                                      late_trigger, p.weight_is_constant};
 
   const auto kernel = gemm_w4_mma_kernel<G>;
@@ -113,11 +114,11 @@ void launch_gemm_w4_mma_geometry(const GemmW4Params& p, int splits, cudaStream_t
 
 }  // namespace prefixquant
 
-#define PQ_MMA_GEOMETRY(bits, token_tiles, row_tiles, row_warps, k_warps, stages, nibble)       \
+#define PQ_MMA_GEOMETRY(bits, token_tiles, row_tiles, row_warps, k_warps, stages, nibble) \
   ::prefixquant::MmaGeometry<bits, token_tiles, row_tiles, row_warps, k_warps, stages, nibble>
-#define PQ_EXTERN_GEMM_W4_MMA(...)                                            \
+#define PQ_EXTERN_GEMM_W4_MMA(...)                                                \
   extern template void launch_gemm_w4_mma_geometry<PQ_MMA_GEOMETRY(__VA_ARGS__)>( \
       const GemmW4Params&, int, cudaStream_t);
-#define PQ_INSTANTIATE_GEMM_W4_MMA(...)                                \
-  template void launch_gemm_w4_mma_geometry<PQ_MMA_GEOMETRY(__VA_ARGS__)>( \
-      const GemmW4Params&, int, cudaStream_t);
+#define PQ_INSTANTIATE_GEMM_W4_MMA(...)                                                        \
+  template void launch_gemm_w4_mma_geometry<PQ_MMA_GEOMETRY(__VA_ARGS__)>(const GemmW4Params&, \
+                                                                          int, cudaStream_t);

@@ -12,8 +12,8 @@
 
 namespace prefixquant {
 
-// c += A B, exact in int32 (wraps modulo 2^32). One instruction on every arch >= sm_80. Not volatile:
-// the compiler may move it among loads.
+// c += A B, exact in int32 (wraps modulo 2^32). One instruction on every arch >= sm_80. Not
+// volatile: the compiler may move it among loads.
 __device__ __forceinline__ void mma_m16n8k32_s8(int32_t (&c)[4], uint32_t a0, uint32_t a1,
                                                 uint32_t a2, uint32_t a3, uint32_t b0,
                                                 uint32_t b1) {

@@ -23,13 +23,13 @@
 namespace prefixquant {
 
 // Compile-time geometry of one kernel.
-template <int WeightBits,   // 4 or 8
-          int TokenTiles,   // 8-token tiles of a CTA: 1, 2, 4, 8 or 16
-          int RowTiles,     // 16-row tiles of a warp
-          int RowWarps,     // warps along the rows
-          int KWarps,       // warps along k, interleaved by one unit
-          int Stages,       // units in flight per warp and row tile, in registers
-          bool NibbleMma>   // multiply in int4 (sm_80/86/89): activations must be in [-8, 7]
+template <int WeightBits,  // 4 or 8
+          int TokenTiles,  // 8-token tiles of a CTA: 1, 2, 4, 8 or 16
+          int RowTiles,    // 16-row tiles of a warp
+          int RowWarps,    // warps along the rows
+          int KWarps,      // warps along k, interleaved by one unit
+          int Stages,      // units in flight per warp and row tile, in registers
+          bool NibbleMma>  // multiply in int4 (sm_80/86/89): activations must be in [-8, 7]
 struct MmaGeometry {
   static constexpr int kWeightBits = WeightBits;
   static constexpr int kTokenTiles = TokenTiles;
@@ -63,8 +63,8 @@ __host__ __device__ constexpr int activation_row_bytes(int k) { return k + 16; }
 
 __host__ __device__ constexpr int units_of(int k) { return (k + kUnitK - 1) / kUnitK; }
 
-// This lane's first 16 bytes of the unit (row tile, unit) of the prepacked weights. A fragment block
-// of the layout is 4 row tiles x 1 unit; with int8 weights a unit is two blocks.
+// This lane's first 16 bytes of the unit (row tile, unit) of the prepacked weights. A fragment
+// block of the layout is 4 row tiles x 1 unit; with int8 weights a unit is two blocks.
 template <class G>
 __device__ __forceinline__ const uint4* unit_address(const void* weight, int64_t row_tile, int unit,
                                                      int k) {
@@ -99,8 +99,8 @@ __device__ __forceinline__ void unpack_unit(uint32_t (&a)[2][4], const uint4 (&w
 template <class G>
 __device__ __forceinline__ void multiply_unit(
     int32_t (&sums)[G::kRowTiles][G::kTokenTiles][4],
-    const uint4 (&w)[G::kRowTiles][G::kLoads],         // as loaded
-    uint32_t x_smem,                                   // shared address of this unit's 64 k, token 0
+    const uint4 (&w)[G::kRowTiles][G::kLoads],  // as loaded
+    uint32_t x_smem,                            // shared address of this unit's 64 k, token 0
     const uint32_t (&x_row_offset)[G::kTokenTiles]) {  // bytes to this lane's ldmatrix row
   uint32_t a[G::kRowTiles][2][4];
   if constexpr (!G::kNibbleMma) {
@@ -220,14 +220,14 @@ __device__ __forceinline__ float round_to(GemmDtype dtype, float y) {
 __device__ __forceinline__ void finish_and_store_value(const EpilogueArgs& p, float y,
                                                        int64_t out_channel, int64_t token) {
   if (p.residual != nullptr) {
-    const float r = load_as_float(p.residual, p.out_dtype,
-                                  token * p.residual_row_stride + out_channel);
+    const float r =
+        load_as_float(p.residual, p.out_dtype, token * p.residual_row_stride + out_channel);
     y = round_to(p.out_dtype, __fadd_rn(y, r));
   }
   const int64_t at = token * p.out_row_stride + out_channel;
   if (p.output_scale != nullptr) {
-    static_cast<int8_t*>(p.out)[at] = static_cast<int8_t>(quantize_to_int(
-        y, __frcp_rn(__ldg(p.output_scale)), p.output_qmin, p.output_qmax));
+    static_cast<int8_t*>(p.out)[at] = static_cast<int8_t>(
+        quantize_to_int(y, __frcp_rn(__ldg(p.output_scale)), p.output_qmin, p.output_qmax));
   } else if (p.out_dtype == GemmDtype::kFloat32) {
     static_cast<float*>(p.out)[at] = y;
   } else if (p.out_dtype == GemmDtype::kBFloat16) {
