@@ -20,11 +20,11 @@ _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTA
 
 
 def format_cell(value) -> str:
-    """Four significant digits for a measured number, text as it is, an empty cell for null."""
+    """Three significant digits for a measured number, text as it is, an empty cell for null."""
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
     return str(value)
 
 
@@ -52,9 +52,34 @@ def update(readme: str, results: list[dict]) -> str:
     return _MARKED.sub(replace, readme)
 
 
+_GEMM_NAMES = {
+    "fp8": "FP8 `_scaled_mm`",
+    "int8": "`_int_mm`",
+    "int4pack": "`_weight_int4pack_mm`",
+    "cutlass_int8_a4": "CUTLASS int8, 4-bit values",
+    "cutlass_int8_a8": "CUTLASS int8",
+}
+
+
+def gemm_summary(result: dict) -> dict:
+    """The 200 rows of a ``gemm_w4`` file as one row a batch size: geometric means over FP16."""
+    lines = {name: line for name, line in result["speedup_over_fp16"].items() if line}
+    sizes = sorted({int(m) for line in lines.values() for m in line})
+    return {
+        "table": "gemm-speedup",
+        "title": f"Speedup over cuBLAS FP16, {result['environment']['gpu']}, geometric mean over "
+        "the linears of Llama-3 8B and 70B",
+        "columns": ["tokens", *(_GEMM_NAMES.get(name, name.upper()) for name in lines)],
+        "rows": [[m, *(line.get(str(m)) for line in lines.values())] for m in sizes],
+        "note": "W4A4, W4A8 and W8A8 are this package, the others its peers in the same run (at "
+        f"{result['environment']['commit'][:10]}); an empty cell was not measured.",
+    }
+
+
 def load_results(folder: Path) -> list[dict]:
     results = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.rglob("*.json"))]
-    return [r for r in results if isinstance(r, dict) and "table" in r]
+    results = [r for r in results if isinstance(r, dict) and "table" in r]
+    return results + [gemm_summary(r) for r in results if r["table"] == "gemm_w4"]
 
 
 def main() -> int:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes python/prefixquant/_C.pyi from the signatures that the built extension states itself.
 
-Usage: PYTHONPATH=python python cpp/generate_stub.py. tests/test_stub.py compares the two.
+Usage: PYTHONPATH=python python cpp/generate_stub.py. tests/test_stub.py compares the two. What only
+a CUDA build offers (cpp/bindings_cuda.cpp) stays out, so that every build writes the same stub.
 """
 
 import re
 from pathlib import Path
 
+CUDA_BINDINGS = Path(__file__).resolve().parent / "bindings_cuda.cpp"
 STUB = Path(__file__).resolve().parents[1] / "python" / "prefixquant" / "_C.pyi"
 
 _HEADER = '''\
@@ -28,10 +30,11 @@ _TYPES = (
 
 
 def signatures(module) -> dict[str, str]:
-    """name -> ``(x: Tensor, ...) -> None`` of every function of the extension."""
+    """name -> ``(x: Tensor, ...) -> None`` of every function of a CPU build."""
+    cuda_only = set(re.findall(r'm\.def\("(\w+)"', CUDA_BINDINGS.read_text(encoding="utf-8")))
     found = {}
     for name, value in sorted(vars(module).items()):
-        if name.startswith("_") or not callable(value):
+        if name.startswith("_") or not callable(value) or name in cuda_only:
             continue
         text = value.__doc__.splitlines()[0].removeprefix(name)
         for long, short in _TYPES:
