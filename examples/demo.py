@@ -51,6 +51,7 @@ def generate(model, tokenizer, prompt: str, new_tokens: int) -> tuple[str, float
             do_sample=True,
             temperature=0.6,
             top_p=0.9,
+            repetition_penalty=1.2,
             pad_token_id=tokenizer.eos_token_id,
         )
     new = output[0, inputs["input_ids"].shape[1] :]
