@@ -20,11 +20,11 @@ _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTA
 
 
 def format_cell(value) -> str:
-    """Three significant digits for a measured number, text as it is, an empty cell for null."""
+    """Four significant digits for a measured number, text as it is, an empty cell for null."""
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
     return str(value)
 
 
@@ -61,6 +61,11 @@ _GEMM_NAMES = {
 }
 
 
+def _ratio(value: float | None) -> str | None:
+    """Three digits: the spread of a timing is about a percent."""
+    return None if value is None else f"{value:.3g}"
+
+
 def gemm_summary(result: dict) -> dict:
     """The 200 rows of a ``gemm_w4`` file as one row a batch size: geometric means over FP16."""
     lines = {name: line for name, line in result["speedup_over_fp16"].items() if line}
@@ -70,7 +75,7 @@ def gemm_summary(result: dict) -> dict:
         "title": f"Speedup over cuBLAS FP16, {result['environment']['gpu']}, geometric mean over "
         "the linears of Llama-3 8B and 70B",
         "columns": ["tokens", *(_GEMM_NAMES.get(name, name.upper()) for name in lines)],
-        "rows": [[m, *(line.get(str(m)) for line in lines.values())] for m in sizes],
+        "rows": [[m, *(_ratio(line.get(str(m))) for line in lines.values())] for m in sizes],
         "note": "W4A4, W4A8 and W8A8 are this package, the others its peers in the same run (at "
         f"{result['environment']['commit'][:10]}); an empty cell was not measured.",
     }
