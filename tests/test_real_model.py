@@ -50,23 +50,31 @@ def test_prefix_is_bos_and_nothing_remains(quantized):
     assert steps[(1,)]["outlier_tokens"] == 0
 
 
-def test_perplexity_and_kernels(smol, quantized):
+def test_perplexity(smol, quantized):
     model, tokenizer = smol
     folder, _ = quantized
     samples = Protocol("pydoc", windows=3, seqlen=768).samples(texts.load_text("pydoc"), tokenizer)
     results = compare(
-        {
-            "float": Candidate(model, (1,)),
-            "packed": Candidate(load(folder)),
-            "simulated": Candidate(SimulatedModel(folder)),
-        },
-        "float",
-        samples,
+        {"float": Candidate(model, (1,)), "packed": Candidate(load(folder))}, "float", samples
     )
     ppl = {name: result["ppl"] for name, result in results.items()}
-    assert ppl["packed"] / ppl["float"] < 3  # no collapse; without prefix it is 6 and more
-    assert abs(ppl["packed"] / ppl["simulated"] - 1) < 5e-3
-    assert results["packed"]["top1"] > 0.4
+    assert ppl["packed"] / ppl["float"] < 3.2  # measured 2.6; without prefix it is 6 and more
+    assert results["packed"]["top1"] > 0.4  # measured 0.52
+
+
+def test_kernels_against_fake_quantization(quantized, monkeypatch):
+    """Block by block at real sizes, where the two are the same computation. Over 30 blocks they are
+    not: one 4-bit level that float32 sums in another order tip over moves others behind it, and
+    both end as equally good draws (benchmarks/accuracy compares their perplexities)."""
+    monkeypatch.setattr("prefixquant.modeling.attention.matmul_dtype", lambda device: torch.float32)
+    folder, _ = quantized
+    packed, simulated = load(folder), SimulatedModel(folder)
+    ids = torch.arange(1000, 1040)[None]
+    streams = packed.model(ids, output_hidden_states=True).hidden_states
+    for blocks in (1, 2):
+        expected = simulated.hidden(ids, blocks)
+        error = (streams[blocks] - expected).square().sum() / expected.square().sum()
+        assert error < 1e-5, (blocks, error)
 
 
 def test_memory_and_generation(smol, quantized):

