@@ -10,7 +10,6 @@ disturbance of the machine meets all of them; the best round of each is reported
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 import prefixquant
 import torch
 from prefixquant import _C
+from prefixquant.doctor import environment
 from prefixquant.loading import load_float_model
 from prefixquant.workflow import saved_configs
 
@@ -36,13 +36,6 @@ def measure(model, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
     decode = time.perf_counter() - start
     return prompt.shape[1] / prefill, new_tokens / decode
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def commit() -> str | None:
@@ -101,13 +94,7 @@ def main() -> None:
         "rows": rows,
         "note": f"Best of {arguments.rounds} rounds, models in turns.",
         "measured": measured,
-        "environment": {
-            "processor": processor(),
-            "threads": torch.get_num_threads(),
-            "isa": _C.current_isa(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "environment": environment(),
         "commit": commit(),
     }
     arguments.results.mkdir(parents=True, exist_ok=True)
