@@ -58,6 +58,11 @@ def parse_arguments() -> argparse.Namespace:
         "--reuse", action="store_true", help="measure checkpoints that are in --work already"
     )
     parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="with --reuse: perplexities of the checkpoints alone, no float models, no KL",
+    )
+    parser.add_argument(
         "--results", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy"
     )
     return parser.parse_args()
@@ -81,6 +86,32 @@ def describe(ids: tuple[int, ...], tokenizer) -> str:
     return " ".join(repr(tokenizer.decode([i])) for i in ids) or "none"
 
 
+def setting_label(scheme: str, mode: str) -> str:
+    return f"{scheme.upper()} static, {'no' if mode == 'none' else mode} prefix"
+
+
+def measure_plainly(arguments, samples: torch.Tensor, protocol: Protocol, progress) -> None:
+    """Perplexities of checkpoints that exist, into ``NAME-plain.json``."""
+    candidates = {}
+    for setting in arguments.settings:
+        folder = arguments.work / arguments.name / setting.replace(":", "-")
+        candidates[setting_label(*setting.split(":", 1))] = Candidate(prefixquant.load(folder))
+    measured = compare(candidates, next(iter(candidates)), samples, progress)
+    result = {
+        "table": "accuracy",
+        "title": f"{arguments.name}, the same text and windows, checkpoints alone",
+        "columns": ["setting", "PPL"],
+        "rows": [[name, round(values["ppl"], 2)] for name, values in measured.items()],
+        "protocol": {**vars(protocol), "windows": len(samples)},
+        "environment": environment(),
+        "commit": commit(),
+    }
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    replace_files(arguments.results, {f"{arguments.name}-plain.json": report_json(result)})
+    for row in result["rows"]:
+        sys.stdout.write("  ".join(str(cell) for cell in row) + "\n")
+
+
 def main() -> None:
     arguments = parse_arguments()
     progress = progress_module.for_stream()
@@ -93,6 +124,9 @@ def main() -> None:
     samples = protocol.samples(content, tokenizer)
     calibration = calibration_tokens(content, tokenizer)
 
+    if arguments.plain:
+        measure_plainly(arguments, samples, protocol, progress)
+        return
     search = find_prefix(
         float_model, tokenizer, RecipeConfig(prefix="verified"), calibration, progress
     )
@@ -128,7 +162,7 @@ def main() -> None:
                 overwrite=True,
                 progress=progress,
             )
-        label = f"{scheme.upper()} static, {'no' if mode == 'none' else mode} prefix"
+        label = setting_label(scheme, mode)
         prefixes[label] = saved_configs(folder)[1].prefix_token_ids
         candidates[label] = Candidate(prefixquant.load(folder, device=arguments.device))
         if mode == "verified":  # what the kernels compute, by float products on the same integers

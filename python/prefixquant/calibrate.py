@@ -143,6 +143,11 @@ class _BlockQuantizer:
         self.scheme = scheme
         self.rope = rope
         self.prefix = prefix
+        # With a prefix in front, position 0 of a sample is a token torn out of its text, and now
+        # and then an outlier of its own (SmolLM2 with BOS: 2 of 64 windows, 1600 medians). One such
+        # token would decide scales and Hessians, so it has no say. Without prefix it is in every
+        # sequence, and counts.
+        self.counted = slice(1 if prefix.length else 0, None)
         self.scales = BlockScales(activation_bits=scheme.activation_bits, kv_bits=scheme.kv_bits)
         self.quantized: dict[str, QuantizedWeight] = {}
         self.simulated = BlockWeights(
@@ -160,11 +165,11 @@ class _BlockQuantizer:
         weights = [self.float_block.weights[role] for role in POINTS[name]]
         if self.scheme.activation_bits < 16:
             self.scales.activations[name] = search_activation_scale(
-                x, weights, self.scheme.activation_bits
+                x[:, self.counted], weights, self.scheme.activation_bits
             )
         x = quantize_point(x, name, self.scales)
         if self.scheme.weight_bits < 16:
-            rows = x.reshape(-1, x.shape[-1])
+            rows = x[:, self.counted].flatten(0, 1)
             hessian = rows.T @ rows / len(rows)
             for role, weight in zip(POINTS[name], weights, strict=True):
                 solved = solve_rtn(weight, self.scheme.weight_bits, hessian)
@@ -177,12 +182,12 @@ class _BlockQuantizer:
         bits, geometry = self.scheme.kv_bits, self.shape.geometry
         if bits == 16:
             return k, v
-        queries = q.transpose(0, 1).flatten(1, 2)  # [H, B*T, D]
+        queries = q[:, :, self.counted].transpose(0, 1).flatten(1, 2)  # [H, B*T, D]
         logits = _grouped_metric(queries.transpose(1, 2) @ queries, geometry.kv_heads)
         out = self.float_block.weights["o"].unflatten(-1, (geometry.heads, -1)).transpose(0, 1)
         outputs = _grouped_metric(out.transpose(1, 2) @ out, geometry.kv_heads)
-        self.scales.k = search_head_scales(k, logits, bits)
-        self.scales.v = search_head_scales(v, outputs, bits)
+        self.scales.k = search_head_scales(k[:, :, self.counted], logits, bits)
+        self.scales.v = search_head_scales(v[:, :, self.counted], outputs, bits)
         if bits == 8:  # one scale a tensor at 8 bits: the largest of its heads
             self.scales.k = self.scales.k.amax().expand_as(self.scales.k).contiguous()
             self.scales.v = self.scales.v.amax().expand_as(self.scales.v).contiguous()
@@ -244,7 +249,7 @@ class _BlockQuantizer:
                 setattr(self.scales, name, scale)
             else:
                 self.scales.activations[name] = scale
-            return (forward() - target).square().sum().item()
+            return (forward() - target)[:, self.counted].square().sum().item()
 
         errors = {factor: error(start * factor) for factor in (1.0, *_REFINE)}
         error(start * min(errors, key=errors.get))

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration of one block."""
+
+import torch
+from prefixquant.block import PrefixKV
+from prefixquant.calibrate import Streams, _BlockQuantizer, calibrate_block
+from prefixquant.config import Scheme
+from prefixquant.decoder import FloatDecoder
+from prefixquant.roles import model_geometry
+from prefixquant.rotate import plan_rotations
+from tiny_families import tiny_family
+
+
+def decoder():
+    model = tiny_family("llama")
+    return FloatDecoder(model, plan_rotations(model_geometry(model.config)))
+
+
+def quantizer(prefix_tokens: int) -> _BlockQuantizer:
+    made = decoder()
+    empty = torch.zeros(1, prefix_tokens, 16)
+    scheme = Scheme(4, 4, 4)
+    return _BlockQuantizer(made.block(0), made.shape, scheme, made.rope(8), PrefixKV(empty, empty))
+
+
+def test_outlier_at_position_0_counts_only_without_prefix():
+    x = torch.randn(3, 8, 80)
+    x[:, 0] *= 1000
+    alone, behind_prefix = quantizer(0), quantizer(2)
+    for each in (alone, behind_prefix):
+        each.point("down", x)
+    assert alone.scales.activations["down"] > 50 * behind_prefix.scales.activations["down"]
+    x[:, 0] = 0
+    ordinary = quantizer(2)
+    ordinary.point("down", x)
+    assert torch.equal(
+        ordinary.scales.activations["down"], behind_prefix.scales.activations["down"]
+    )
+    assert torch.equal(ordinary.quantized["down"].q, behind_prefix.quantized["down"].q)
+
+
+def test_streams_advance_and_errors_are_reported():
+    made = decoder()
+    x = made.embed(torch.randint(0, 97, (2, 16)))
+    streams = Streams(x.clone(), x.clone())
+    result = calibrate_block(
+        made.block(0), made.shape, Scheme(4, 8, 8), made.rope(16), made.prefix((3,))[0], streams
+    )
+    assert not torch.equal(streams.floating, x)
+    error = (streams.quantized - streams.floating).square().sum()
+    assert result.relative_error == (error / streams.floating.square().sum()).item()
+    assert 0 < result.relative_error < 0.1
+    assert set(result.weights) == {"q", "k", "v", "o", "gate", "up", "down"}
+    assert (result.scales.k == result.scales.k[0]).all()  # one scale a tensor at 8 bits
