@@ -25,7 +25,7 @@ def format_cell(value) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
-    return str(value)
+    return str(value).replace("|", "\\|")  # a bar would end the cell
 
 
 def markdown_table(result: dict) -> str:
