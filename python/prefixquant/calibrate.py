@@ -4,8 +4,7 @@
 The block is quantized from its input to its output. At each activation point the scale is searched
 first (on the float weights that read it), then those weights are solved on the *quantized* inputs,
 so every later choice sees the errors of the earlier ones. With 4-bit activations all scales are
-then refined on the residual stream after the attention and after the MLP, against the float block
-on the float stream.
+then refined on the block's output, against the float block on the float stream.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,10 +19,8 @@ from prefixquant.block import (
     BlockShape,
     PrefixKV,
     attend,
-    attention_half,
     block_forward,
     linear,
-    mlp_half,
     project_qkv,
     quantize_heads,
     quantize_point,
@@ -35,10 +32,11 @@ from prefixquant.roles import POINTS, BlockWeights
 from prefixquant.rotate import rotate_last_dim
 from prefixquant.solvers import QuantizedWeight, solve_rtn
 
-# Candidates as fractions of the min-max scale, in even ratios: where few values reach 40 times the
-# median, the best scale lies below a tenth of min-max. Then finer steps around the best.
-_COARSE = tuple(0.05 ** (k / 22) for k in range(23))  # 1.0 down to 0.05, 13 percent apart
-_FINE = (0.9, 0.93, 0.965, 1.035, 1.07, 1.1)
+# Candidates as fractions of the min-max scale: from the lowest in even steps, then finer ones near
+# the best. A search down to 0.05 finds less error in the next linears and is no better for it.
+_LOWEST = {4: 0.25, 8: 0.4}
+_STEPS = 16
+_FINE = tuple(0.01 * k for k in range(-4, 5))
 _HEAD_RATIOS = tuple(0.3 + 0.025 * k for k in range(29))  # 0.3 .. 1.0
 # Multipliers tried on each scale by the refinement.
 _REFINE = (0.8, 0.87, 0.94, 1.06, 1.14, 1.25)
@@ -91,9 +89,9 @@ def search_activation_scale(x: Tensor, weights: list[Tensor], bits: int) -> Tens
         delta = fake_quantize(rows, start * ratio, bits) - rows
         return F.linear(delta.to(dtype), readers).float().square().sum().item()
 
-    errors = {ratio: error(ratio) for ratio in _COARSE}
+    errors = {ratio: error(ratio) for ratio in torch.linspace(_LOWEST[bits], 1, _STEPS).tolist()}
     coarse = min(errors, key=errors.get)
-    errors |= {coarse * step: error(coarse * step) for step in _FINE}
+    errors |= {coarse + step: error(coarse + step) for step in _FINE}
     return start * min(errors, key=errors.get)
 
 
@@ -214,28 +212,16 @@ class _BlockQuantizer:
             ]
         )
 
-    def refine(self, x: Tensor, target_half: Tensor, target: Tensor) -> None:
-        """One sweep over all scales, each moved to the multiplier with the least output error.
-
-        The attention's scales are judged by the stream after it, the MLP's by the block's output.
+    def refine(self, x: Tensor, target: Tensor) -> None:
+        """One sweep over all scales, each moved to the multiplier with the least error of the
+        block's output.
 
         Args:
             x: quantized stream entering the block [n, T, C].
-            target_half, target: the float stream after the attention and after the block.
+            target: the float stream after it.
         """
-        arguments = (self.simulated, self.shape)
-
-        def after_attention() -> Tensor:
-            return attention_half(*arguments, x, self.rope, self.prefix, self.scales)
-
-        def after_mlp() -> Tensor:
-            return mlp_half(*arguments, half, self.scales)
-
-        for name in ("qkv", "k", "v", "o"):
-            self._refine_scale(name, after_attention, target_half)
-        half = after_attention()
-        for name in ("gate_up", "down"):
-            self._refine_scale(name, after_mlp, target)
+        for name in ("qkv", "k", "v", "o", "gate_up", "down"):
+            self._refine_scale(name, lambda: self.output(x), target)
 
     def _refine_scale(self, name: str, forward: Callable[[], Tensor], target: Tensor) -> None:
         """Tries _REFINE on one scale (a point's, or "k", "v") and keeps the best."""
@@ -272,13 +258,12 @@ def calibrate_block(
         streams: inputs [n, T, C]; on return the block's outputs.
     """
     few = slice(_REFINE_SAMPLES)
-    half = attention_half(block, shape, streams.floating[few], rope, prefix)
     for (part,) in _batches(streams.floating):
         part.copy_(block_forward(block, shape, part, rope, prefix))
     quantizer = _BlockQuantizer(block, shape, scheme, rope, prefix)
     quantizer.run(streams.quantized)
     if scheme.activation_bits == 4:
-        quantizer.refine(streams.quantized[few], half, streams.floating[few])
+        quantizer.refine(streams.quantized[few], streams.floating[few])
     streams.quantized.copy_(quantizer.output(streams.quantized))
     error = (streams.quantized - streams.floating).square().sum()
     return CalibratedBlock(
