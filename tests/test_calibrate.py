@@ -8,6 +8,7 @@ from prefixquant.config import Scheme
 from prefixquant.decoder import FloatDecoder
 from prefixquant.roles import model_geometry
 from prefixquant.rotate import plan_rotations
+from prefixquant.solvers import WeightSolver
 from tiny_families import tiny_family
 
 
@@ -20,7 +21,8 @@ def quantizer(prefix_tokens: int) -> _BlockQuantizer:
     made = decoder()
     empty = torch.zeros(1, prefix_tokens, 16)
     scheme = Scheme(4, 4, 4)
-    return _BlockQuantizer(made.block(0), made.shape, scheme, made.rope(8), PrefixKV(empty, empty))
+    prefix = PrefixKV(empty, empty)
+    return _BlockQuantizer(made.block(0), made.shape, scheme, made.rope(8), prefix, WeightSolver())
 
 
 def test_outlier_at_position_0_counts_only_without_prefix():

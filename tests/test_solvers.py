@@ -1,11 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight solvers and scale searches: what they claim to minimise, they minimise."""
 
+import itertools
+
 import pytest
 import torch
 from prefixquant.calibrate import search_activation_scale, search_head_scales
 from prefixquant.quantizer import fake_quantize, minmax_scale, qrange, quantize
-from prefixquant.solvers import solve_rtn
+from prefixquant.solvers import (
+    WeightSolver,
+    layer_error,
+    solve_gptq,
+    solve_quantease,
+    solve_rtn,
+)
+from prefixquant.solvers.gptq import inverse_factor, round_columns
+from prefixquant.solvers.quantease import Descent
+from prefixquant.solvers.weight import column_scales, damped, row_errors
 
 
 def test_quantizer_levels_and_ties():
@@ -58,3 +69,168 @@ def test_head_scales_are_found_per_head():
     x = torch.randn(2, 3, 64, 8) * torch.tensor([0.1, 1.0, 10.0])[:, None, None]
     scale = search_head_scales(x, torch.eye(8).expand(3, 8, 8), 4)
     assert (scale[1:] / scale[:-1] > 5).all()
+
+
+# ---------------------------------------------------------------------------- layer solvers
+
+
+def layer(rows=24, columns=96, tokens=400, seed=0):
+    """A weight and the Hessian of inputs that are as unequal and as correlated as real ones."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    weight[3] *= 20
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
+    x = torch.randn(tokens, columns, generator=generator) * torch.linspace(0.05, 3, columns)
+    x = x @ (mixing + torch.eye(columns))
+    return weight, x.T @ x / tokens
+
+
+def test_gptq_is_obq_in_a_fixed_order():
+    """Each column rounded, those left moved by the inverse Hessian *of those left*, in float64."""
+    weight, hessian = layer(rows=6, columns=150)  # more columns than a block
+    scale = solve_rtn(weight, 4, hessian).scale
+    order, factor = inverse_factor(hessian)
+    found = round_columns(weight, scale[:, None], 4, order, factor)
+
+    left, moved = order.tolist(), weight.double().clone()
+    expected = torch.empty_like(moved)
+    while left:
+        j = left[0]
+        inverse = torch.linalg.inv(hessian.double()[left][:, left])
+        expected[:, j] = (moved[:, j] / scale).round().clamp(-8, 7)
+        error = (moved[:, j] - expected[:, j] * scale) / inverse[0, 0]
+        moved[:, left] -= error[:, None] * inverse[0]
+        left = left[1:]
+    assert (found != expected).float().mean() < 0.002  # a float32 value beside a rounding tie
+
+
+def naive_sweep(target, hessian, levels, scales, bits, relaxed):
+    """The paper's update, float64, one column at a time from the whole weight."""
+    qmin, qmax = qrange(bits)
+    for j in range(target.shape[1]):
+        others = (levels * scales) @ hessian[:, j] - levels[:, j] * scales[:, j] * hessian[j, j]
+        beta = (target @ hessian[:, j] - others) / hessian[j, j] / scales[:, j]
+        levels[:, j] = beta if relaxed else beta.round().clamp(qmin, qmax)
+
+
+@pytest.mark.parametrize("group_size", [0, 75])
+@pytest.mark.parametrize("relaxed", [False, True])
+def test_blocked_sweep_is_the_sweep_of_single_columns(group_size, relaxed):
+    weight, hessian = layer(columns=150)
+    start = solve_rtn(weight, 3, hessian, group_size=group_size)
+    state = Descent(weight, start, hessian)
+    state.sweep(relaxed)
+    levels = start.q.double()
+    scales = column_scales(start.scale, 150).expand(-1, 150).double()
+    naive_sweep(weight.double(), hessian.double(), levels, scales, 3, relaxed)
+    if relaxed:
+        torch.testing.assert_close(state.levels, levels.float(), rtol=1e-3, atol=1e-3)
+    else:
+        assert (state.levels != levels).float().mean() < 0.002
+    expected = state.levels * scales.float() - weight
+    torch.testing.assert_close(state.delta, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("group_size", [0, 32])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_quantized_sweeps_and_scale_fits_never_raise_the_objective(bits, group_size):
+    weight, hessian = layer()
+    state = Descent(weight, solve_rtn(weight, bits, hessian, group_size=group_size), hessian)
+    before = state.errors()
+    rounding = 1e-5 * before  # float32 sums
+    for _ in range(8):
+        state.sweep()
+        after = state.errors()
+        assert (after <= before + rounding).all()
+        state.refit_scales()
+        before, after = after, state.errors()
+        assert (after <= before + rounding).all()
+        before = after
+    assert state.levels.min() >= qrange(bits)[0]
+    assert state.levels.max() <= qrange(bits)[1]
+
+
+def test_descent_ends_where_no_single_level_can_improve():
+    weight, hessian = layer(rows=4, columns=40)
+    state = Descent(weight, solve_rtn(weight, 4, hessian), hessian)
+    for _ in range(60):
+        state.sweep()
+    best = state.errors()
+    for j in range(40):
+        for step in (-1, 1):
+            levels = state.levels.clone()
+            levels[:, j] = (levels[:, j] + step).clamp(-8, 7)
+            error = row_errors(levels * state.scale - weight, hessian)
+            assert (error >= best * (1 - 1e-5)).all()
+
+
+@pytest.mark.parametrize("group_size", [0, 32])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_each_solver_ends_at_or_under_the_one_before(bits, group_size):
+    weight, hessian = layer()
+    metric = damped(hessian, 0.01)
+    history = []
+    rtn = solve_rtn(weight, bits, hessian, group_size=group_size)
+    gptq = solve_gptq(weight, bits, hessian, group_size=group_size)
+    quantease = solve_quantease(weight, bits, hessian, group_size=group_size, history=history)
+    errors = [row_errors(solved.dequantize() - weight, metric) for solved in (rtn, gptq, quantease)]
+    assert errors[1].sum() < 0.9 * errors[0].sum()
+    assert (errors[2] <= errors[1] * (1 + 1e-5)).all()  # row by row
+    if bits < 8:
+        assert (errors[2] / errors[1]).median() < 0.99
+    assert len(history) == 25
+    assert sum(sweep.relaxed for sweep in history) == 7
+    assert not any(sweep.relaxed for sweep in history[-4:])
+    kept = [sweep.kept for sweep in history]
+    assert all(b <= a for a, b in itertools.pairwise(kept))
+    for one, next_one in itertools.pairwise(history):
+        if not (one.relaxed or next_one.relaxed):
+            assert next_one.objective <= one.objective * (1 + 1e-5)
+    torch.testing.assert_close(errors[2].sum().item(), kept[-1], rtol=1e-4, atol=0)
+    for solved in (rtn, gptq, quantease):
+        assert solved.q.dtype == torch.int8
+        assert solved.scale.dtype == torch.float32
+        assert solved.scale.shape == ((24, 3) if group_size else (24,))
+        assert (solved.scale > 0).all()
+        assert solved.q.min() >= qrange(bits)[0]
+        assert solved.q.max() <= qrange(bits)[1]
+
+
+def test_groups_fit_columns_of_unequal_size():
+    weight, hessian = layer()
+    weight[:, :32] *= 10
+    for solve in (solve_rtn, solve_gptq, solve_quantease):
+        whole = layer_error(weight, solve(weight, 3, hessian), hessian)
+        assert layer_error(weight, solve(weight, 3, hessian, group_size=32), hessian) < 0.75 * whole
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", "quantease"])
+def test_inputs_that_are_always_zero_and_rows_of_zeros(name):
+    weight, hessian = layer()
+    hessian[:, 5:9] = hessian[5:9] = 0
+    weight[7] = 0
+    (solved,) = WeightSolver(name)([weight], 4, hessian)
+    assert torch.isfinite(solved.dequantize()).all()
+    assert not solved.q[7].any()
+    assert (solved.scale > 0).all()
+    (solved,) = WeightSolver(name)([weight], 4, torch.zeros_like(hessian))
+    assert torch.isfinite(solved.dequantize()).all()
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", "quantease"])
+def test_linears_of_one_input_are_solved_as_if_alone(name):
+    weight, hessian = layer()
+    parts = weight.split((16, 5, 3))
+    for part, solved in zip(parts, WeightSolver(name)(list(parts), 4, hessian), strict=True):
+        (alone,) = WeightSolver(name)([part], 4, hessian)
+        torch.testing.assert_close(alone.scale, solved.scale, rtol=1e-3, atol=0)
+        assert (alone.q != solved.q).float().mean() < 0.02  # other blocking, other last bits
+
+
+def test_groups_must_fill_the_row():
+    weight, hessian = layer()
+    for solve in (solve_rtn, solve_gptq, solve_quantease):
+        with pytest.raises(ValueError, match="group_size: expected 0 or a divisor of 96"):
+            solve(weight, 4, hessian, group_size=36)
+    with pytest.raises(ValueError, match="solver: expected rtn, gptq or quantease"):
+        WeightSolver("magic")([weight], 4, hessian)

@@ -30,7 +30,7 @@ from prefixquant.config import Scheme
 from prefixquant.quantizer import fake_quantize, matmul_dtype, minmax_scale
 from prefixquant.roles import POINTS, BlockWeights
 from prefixquant.rotate import rotate_last_dim
-from prefixquant.solvers import QuantizedWeight, solve_rtn
+from prefixquant.solvers import QuantizedWeight, WeightSolver
 
 # Candidates as fractions of the min-max scale: from the lowest in even steps, then finer ones near
 # the best. A search down to 0.05 finds less error in the next linears and is no better for it.
@@ -135,7 +135,9 @@ class _BlockQuantizer:
         scheme: Scheme,
         rope: tuple[Tensor, Tensor],
         prefix: PrefixKV,
+        solver: WeightSolver,
     ):
+        self.solver = solver
         self.float_block = block
         self.shape = shape
         self.scheme = scheme
@@ -169,8 +171,8 @@ class _BlockQuantizer:
         if self.scheme.weight_bits < 16:
             rows = x[:, self.counted].flatten(0, 1)
             hessian = rows.T @ rows / len(rows)
-            for role, weight in zip(POINTS[name], weights, strict=True):
-                solved = solve_rtn(weight, self.scheme.weight_bits, hessian)
+            all_solved = self.solver(weights, self.scheme.weight_bits, hessian)
+            for role, weight, solved in zip(POINTS[name], weights, all_solved, strict=True):
                 self.quantized[role] = solved
                 self.simulated.weights[role] = solved.dequantize(weight.dtype)
         return x
@@ -248,6 +250,7 @@ def calibrate_block(
     rope: tuple[Tensor, Tensor],
     prefix: PrefixKV,
     streams: Streams,
+    solver: WeightSolver = WeightSolver(),  # noqa: B008 - frozen
 ) -> CalibratedBlock:
     """Quantizes one block and advances both streams through it, in place.
 
@@ -256,11 +259,12 @@ def calibrate_block(
         rope: cos, sin [T, D] of positions 0..T-1.
         prefix: K/V of the prefix in this block, never quantized.
         streams: inputs [n, T, C]; on return the block's outputs.
+        solver: finds the integers and scales of the weights.
     """
     few = slice(_REFINE_SAMPLES)
     for (part,) in _batches(streams.floating):
         part.copy_(block_forward(block, shape, part, rope, prefix))
-    quantizer = _BlockQuantizer(block, shape, scheme, rope, prefix)
+    quantizer = _BlockQuantizer(block, shape, scheme, rope, prefix, solver)
     quantizer.run(streams.quantized)
     if scheme.activation_bits == 4:
         quantizer.refine(streams.quantized[few], streams.floating[few])

@@ -20,7 +20,7 @@ _WEIGHT_BITS = (4, 8)
 _ACTIVATION_BITS = (4, 8, 16)
 _KV_BITS = (4, 8, 16)
 PREFIX_MODES = ("verified", "paper", "bos", "none")
-SOLVERS = ("rtn",)
+SOLVERS = ("rtn", "gptq", "quantease")
 
 
 @dataclass(frozen=True)

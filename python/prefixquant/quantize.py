@@ -18,6 +18,7 @@ from prefixquant.prefix import PrefixSearch, prefix_texts, search_prefix
 from prefixquant.progress import SILENT, Progress
 from prefixquant.roles import model_geometry, model_roles
 from prefixquant.rotate import RotationPlan, plan_rotations
+from prefixquant.solvers import WeightSolver
 from prefixquant.text import sample_windows
 
 
@@ -77,7 +78,13 @@ def quantize(
     with progress.stage("quantize blocks", total=len(decoder)) as advance:
         for index in range(len(decoder)):
             calibrated = calibrate_block(
-                decoder.block(index), decoder.shape, recipe.scheme, rope, prefix[index], streams
+                decoder.block(index),
+                decoder.shape,
+                recipe.scheme,
+                rope,
+                prefix[index],
+                streams,
+                WeightSolver(recipe.solver),
             )
             packer.add_block(index, calibrated, prefix[index])
             blocks.append(_block_report(index, calibrated))
