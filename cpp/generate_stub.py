@@ -29,9 +29,14 @@ _TYPES = (
 )
 
 
+def cuda_names() -> set[str]:
+    """What bindings_cuda.cpp defines."""
+    return set(re.findall(r'm\.def\(\s*"(\w+)"', CUDA_BINDINGS.read_text(encoding="utf-8")))
+
+
 def signatures(module) -> dict[str, str]:
     """name -> ``(x: Tensor, ...) -> None`` of every function of a CPU build."""
-    cuda_only = set(re.findall(r'm\.def\("(\w+)"', CUDA_BINDINGS.read_text(encoding="utf-8")))
+    cuda_only = cuda_names()
     found = {}
     for name, value in sorted(vars(module).items()):
         if name.startswith("_") or not callable(value) or name in cuda_only:

@@ -7,6 +7,7 @@ operations defined here, and ``PREPACKED_SHAPES`` learns the shape of the CUDA k
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,36 +83,35 @@ def _unprepack_w8_cpu(prepacked: Tensor, n: int, k: int) -> Tensor:
     return weight
 
 
-def _gemm_fake(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], _first(weight_scale)), dtype=out_dtype)
+class GemmArguments(NamedTuple):
+    """The arguments of the three GEMM operations, in the order of `_GEMM_ARGUMENTS`."""
+
+    x: Tensor
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor
+    bias: Tensor | None
+    out_dtype: torch.dtype
 
 
-def _gemm_cpu(kernel: Callable) -> Callable:
-    def gemm(
-        x: Tensor,
-        weight: Tensor,
-        weight_scale: Tensor,
-        input_scale: Tensor,
-        bias: Tensor | None,
-        out_dtype: torch.dtype,
-    ) -> Tensor:
-        x = x.contiguous()
-        y = _gemm_fake(x, weight, weight_scale, input_scale, bias, out_dtype)
+def _gemm_fake(*arguments) -> Tensor:
+    a = GemmArguments(*arguments)
+    return a.x.new_empty((*a.x.shape[:-1], _first(a.weight_scale)), dtype=a.out_dtype)
+
+
+def _gemm_cpu(kernel: Callable) -> Callable[..., Tensor]:
+    def gemm(*arguments) -> Tensor:
+        a = GemmArguments(*arguments)
+        x = a.x.contiguous()
+        y = _gemm_fake(*arguments)
         rows = math.prod(x.shape[:-1])
         kernel(
             x=x.view(rows, _last(x)) if x.dim() else x,
-            weight=weight,
-            weight_scale=weight_scale,
-            input_scale=input_scale,
-            bias=bias,
-            y=y.view(rows, _first(weight_scale)),
+            weight=a.weight,
+            weight_scale=a.weight_scale,
+            input_scale=a.input_scale,
+            bias=a.bias,
+            y=y.view(rows, _first(a.weight_scale)),
         )
         return y
 
@@ -139,10 +139,6 @@ _unprepack_w8 = define(
     fake=_unprepack_w8_fake,
     cpu=_unprepack_w8_cpu,
 )
-# Activations are int8 containers in either case, so on the CPU W4A4 and W4A8 are one kernel.
-_gemm_w4a4 = define("gemm_w4a4" + _GEMM_ARGUMENTS, fake=_gemm_fake, cpu=_gemm_cpu(_C.gemm_w4))
-_gemm_w4a8 = define("gemm_w4a8" + _GEMM_ARGUMENTS, fake=_gemm_fake, cpu=_gemm_cpu(_C.gemm_w4))
-_gemm_w8a8 = define("gemm_w8a8" + _GEMM_ARGUMENTS, fake=_gemm_fake, cpu=_gemm_cpu(_C.gemm_w8))
 
 
 def prepack_w4(weight_packed: Tensor) -> Tensor:
@@ -190,14 +186,27 @@ def unprepack_w8(prepacked: Tensor, n: int, k: int) -> Tensor:
     return _unprepack_w8(prepacked, n, k)
 
 
-def gemm_w4a8(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype = torch.float32,
-) -> Tensor:
+def _define_gemm(name: str, kernel: Callable, documentation: str) -> Callable[..., Tensor]:
+    operation = define(name + _GEMM_ARGUMENTS, fake=_gemm_fake, cpu=_gemm_cpu(kernel))
+
+    def gemm(
+        x: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        input_scale: Tensor,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        return operation(x, weight, weight_scale, input_scale, bias, out_dtype)
+
+    gemm.__name__ = gemm.__qualname__ = name
+    gemm.__doc__ = documentation
+    return gemm
+
+
+gemm_w4a8 = _define_gemm(
+    "gemm_w4a8",
+    _C.gemm_w4,
     """``y[m, n] = float(sum_k x[m, k] w[n, k]) * (input_scale * weight_scale[n]) (+ bias[n])``.
 
     The sum is exact in int32; each float32 operation is rounded on its own (no fused multiply-add),
@@ -216,32 +225,19 @@ def gemm_w4a8(
 
     Raises:
         ValueError: wrong dtype, device or shape; the message names the argument.
-    """
-    return _gemm_w4a8(x, weight, weight_scale, input_scale, bias, out_dtype)
-
-
-def gemm_w4a4(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype = torch.float32,
-) -> Tensor:
+    """,
+)
+# Activations are int8 containers in either case, so on the CPU W4A4 and W4A8 are one kernel.
+gemm_w4a4 = _define_gemm(
+    "gemm_w4a4",
+    _C.gemm_w4,
     """`gemm_w4a8` for activations in [-8, 7] (int8 containers), which some devices multiply faster.
 
     On the CPU it is the same kernel, and larger values of x still give the exact result.
-    """
-    return _gemm_w4a4(x, weight, weight_scale, input_scale, bias, out_dtype)
-
-
-def gemm_w8a8(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """`gemm_w4a8` for an int8 weight [N, K] as `prepack_w8` returned it; K may be odd."""
-    return _gemm_w8a8(x, weight, weight_scale, input_scale, bias, out_dtype)
+    """,
+)
+gemm_w8a8 = _define_gemm(
+    "gemm_w8a8",
+    _C.gemm_w8,
+    """`gemm_w4a8` for an int8 weight [N, K] as `prepack_w8` returned it; K may be odd.""",
+)

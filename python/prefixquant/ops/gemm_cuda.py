@@ -17,6 +17,7 @@ from torch import Tensor
 from prefixquant import _C
 from prefixquant.ops import gemm
 from prefixquant.ops._library import implement
+from prefixquant.ops.gemm_fused import FusedArguments
 
 _K_PER_BLOCK = {4: 64, 8: 32}
 # bits of the weight and of the activations of each operation
@@ -156,57 +157,26 @@ def launch_gemm(  # noqa: PLR0913
     return y
 
 
+def _as_matrix(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() else x
+
+
 def _gemm(bits: tuple[int, int]) -> Callable[..., Tensor]:
-    def run(
-        x: Tensor,
-        weight: Tensor,
-        weight_scale: Tensor,
-        input_scale: Tensor,
-        bias: Tensor | None,
-        out_dtype: torch.dtype,
-    ) -> Tensor:
-        rows = math.prod(x.shape[:-1])
-        y = launch_gemm(
-            x.reshape(rows, x.shape[-1]) if x.dim() else x,
-            weight,
-            weight_scale,
-            input_scale,
-            bits=bits,
-            bias=bias,
-            out_dtype=out_dtype,
-        )
-        return y.view(*x.shape[:-1], y.shape[-1])
+    def run(*arguments) -> Tensor:
+        a = gemm.GemmArguments(*arguments)
+        options = a._replace(x=_as_matrix(a.x))._asdict()
+        y = launch_gemm(**options, bits=bits)
+        return y.view(*a.x.shape[:-1], y.shape[-1])
 
     return run
 
 
-def _fused(  # noqa: PLR0913
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    output_scale: Tensor | None,
-    bits: list[int],
-    swiglu: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    rows = math.prod(x.shape[:-1])
-    y = launch_gemm(
-        x.reshape(rows, x.shape[-1]) if x.dim() else x,
-        weight,
-        weight_scale,
-        input_scale,
-        bits=(bits[0], bits[1]),
-        bias=bias,
-        residual=None if residual is None else residual.reshape(rows, residual.shape[-1]),
-        output_scale=output_scale,
-        output_bits=bits[2],
-        swiglu=swiglu,
-        out_dtype=out_dtype,
-    )
-    return y.view(*x.shape[:-1], y.shape[-1])
+def _fused(*arguments) -> Tensor:
+    a = FusedArguments(*arguments)
+    residual = None if a.residual is None else _as_matrix(a.residual)
+    options = a._replace(x=_as_matrix(a.x), residual=residual, bits=tuple(a.bits[:2]))._asdict()
+    y = launch_gemm(**options, output_bits=a.bits[2])
+    return y.view(*a.x.shape[:-1], y.shape[-1])
 
 
 gemm.PREPACKED_SHAPES["cuda"] = _prepacked_shape

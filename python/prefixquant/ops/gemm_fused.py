@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A GEMM with what follows it in a decoder layer. The GPU kernels fuse it; the CPU composes it."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -8,46 +10,41 @@ from prefixquant.ops import gemm
 from prefixquant.ops._library import define
 
 
-def _fused_fake(  # noqa: PLR0913
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    output_scale: Tensor | None,
-    bits: list[int],
-    swiglu: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    channels = weight_scale.shape[0] // 2 if swiglu else weight_scale.shape[0]
-    dtype = out_dtype if output_scale is None else torch.int8
-    return x.new_empty((*x.shape[:-1], channels), dtype=dtype)
+class FusedArguments(NamedTuple):
+    """The arguments of the operation, in the order of its schema."""
+
+    x: Tensor
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+    output_scale: Tensor | None
+    bits: list[int]
+    swiglu: bool
+    out_dtype: torch.dtype
 
 
-def _fused_cpu(  # noqa: PLR0913
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    output_scale: Tensor | None,
-    bits: list[int],
-    swiglu: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def _fused_fake(*arguments) -> Tensor:
+    a = FusedArguments(*arguments)
+    channels = a.weight_scale.shape[0] // 2 if a.swiglu else a.weight_scale.shape[0]
+    dtype = a.out_dtype if a.output_scale is None else torch.int8
+    return a.x.new_empty((*a.x.shape[:-1], channels), dtype=dtype)
+
+
+def _fused_cpu(*arguments) -> Tensor:
     # The composition that the fused kernels must equal: each step on the values rounded so far.
-    product = gemm.gemm_w4a8 if bits[0] == 4 else gemm.gemm_w8a8
-    y = product(x, weight, weight_scale, input_scale, bias, out_dtype)
-    if swiglu:
+    a = FusedArguments(*arguments)
+    product = gemm.gemm_w4a8 if a.bits[0] == 4 else gemm.gemm_w8a8
+    y = product(a.x, a.weight, a.weight_scale, a.input_scale, a.bias, a.out_dtype)
+    if a.swiglu:
         gate, up = y[..., ::2].float(), y[..., 1::2].float()
-        y = (torch.nn.functional.silu(gate) * up).to(out_dtype)
-    if residual is not None:
-        y = (y.float() + residual.float()).to(out_dtype)
-    if output_scale is not None:
-        limit = 2 ** (bits[2] - 1)
-        q = torch.round(y.float() * (1.0 / output_scale.float()))
+        y = (torch.nn.functional.silu(gate) * up).to(a.out_dtype)
+    if a.residual is not None:
+        y = (y.float() + a.residual.float()).to(a.out_dtype)
+    if a.output_scale is not None:
+        limit = 2 ** (a.bits[2] - 1)
+        q = torch.round(y.float() * (1.0 / a.output_scale.float()))
         y = q.clamp(-limit, limit - 1).to(torch.int8)
     return y
 
