@@ -11,7 +11,6 @@ disturbance of the machine meets all of them; the best round of each is reported
 import argparse
 import json
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
@@ -21,8 +20,7 @@ from prefixquant import _C
 from prefixquant.doctor import environment
 from prefixquant.loading import load_float_model
 from prefixquant.workflow import saved_configs
-
-ROOT = Path(__file__).resolve().parent.parent
+from provenance import ROOT, commit
 
 
 def measure(model, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
@@ -36,15 +34,6 @@ def measure(model, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
     decode = time.perf_counter() - start
     return prompt.shape[1] / prefill, new_tokens / decode
-
-
-def commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=10"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 @torch.inference_mode()

