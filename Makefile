@@ -2,6 +2,7 @@
 #
 # make demo       everything on a fresh machine: environment, build, a real 135M model, W4A4KV4
 # make test       the test suite (minutes); make test-slow: the long ones
+# make test-matrix  the transformers tests on the first supported version of transformers
 # make lint       what CI would refuse; make format: mend what can be mended by a tool
 # make cuda       compile the CUDA part without running it (needs nvcc): CUDA_ARCHS="80-real;90a-real"
 #
@@ -29,7 +30,7 @@ export HF_HUB_OFFLINE := 1
 export TQDM_DISABLE := 1
 export PREFIXQUANT_TEST_GGUF := $(CURDIR)/$(MODEL)
 
-.PHONY: demo test test-slow lint format cuda clean
+.PHONY: demo test test-slow test-matrix lint format cuda clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed $(MODEL)
@@ -40,6 +41,15 @@ test: $(VENV)/installed $(MODEL)
 
 test-slow: $(VENV)/installed $(MODEL)
 	$(BIN)/python -m pytest -m "$(MARKERS)slow"
+
+# The newest version is what `make test` ran; the first one lies beside it, for these tests only.
+test-matrix: $(VENV)/installed build/transformers-5.16.1
+	PYTHONPATH=$(CURDIR)/build/transformers-5.16.1 $(BIN)/python -m pytest -m "not gpu" \
+	  tests/test_transformers.py tests/test_modeling.py
+
+build/transformers-%: | $(VENV)/python
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ "transformers==$*"
+	$(BIN)/python -m pip install --quiet --target $@ "huggingface_hub>=1.5,<2" httpx
 
 lint: $(VENV)/lint-tools
 	$(BIN)/pre-commit run --all-files

@@ -4,6 +4,7 @@
 from typing import TYPE_CHECKING
 
 from prefixquant._C import __version__
+from prefixquant.integrations.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from prefixquant.loading import load_tokenizer
@@ -21,3 +22,6 @@ def __getattr__(name: str):
     if name in _HOMES:
         return getattr(importlib.import_module(f"prefixquant.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'prefixquant' has no attribute {name!r}")
+
+
+register_with_transformers()

@@ -38,7 +38,18 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CARD_NAME = "README.md"
+CODE_NAME = "modeling_prefixquant.py"
 MAX_SHARD_BYTES = 4_000_000_000
+
+# Under trust_remote_code=True transformers looks here; where prefixquant is not installed it then
+# says so, and how to install it.
+_CODE = """\
+# SPDX-License-Identifier: Apache-2.0
+\"\"\"This checkpoint runs on prefixquant: pip install prefixquant.\"\"\"
+
+from prefixquant.integrations.transformers import PrefixQuantForCausalLM  # noqa: F401
+"""
+_AUTO_MAP = {"AutoModelForCausalLM": f"{Path(CODE_NAME).stem}.PrefixQuantForCausalLM"}
 
 # A config of a real model is a few KB and an index of a 70B model 200 KB.
 _MAX_JSON_BYTES = 64 << 20
@@ -186,6 +197,7 @@ def write_checkpoint(
     config = {**model_config, "tie_word_embeddings": False}
     sizes = check_model_config(config, quantization)
     config["quantization_config"] = quantization.to_dict()
+    config["auto_map"] = _AUTO_MAP
     check_tensors(
         {
             name: (tuple(t.shape), _SAFETENSORS_DTYPE.get(t.dtype, str(t.dtype)))
@@ -194,7 +206,7 @@ def write_checkpoint(
         expected_tensors(sizes, quantization),
         "checkpoint to write",
     )
-    extra_files = dict(extra_files or {})
+    extra_files = {CODE_NAME: _CODE, **(extra_files or {})}
     for name in extra_files:
         if not _is_plain_file_name(name) or name in (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME):
             raise UserError(f"extra file {name!r}: expected a plain file name of its own")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading the full-precision model: a Hugging Face folder, a hub name or a GGUF file."""
 
+import copy
+import json
 from pathlib import Path
 
 import torch
@@ -59,6 +61,47 @@ def load_tokenizer(source: str):
         if isinstance(error, UserError):
             raise
         raise UserError(f"{source}: cannot load the tokenizer: {_first_line(error)}") from error
+
+
+def tokenizer_without_bos(tokenizer):
+    """A copy of the tokenizer that puts no BOS in front of a text, for a model whose prefix ends in
+    one. A chat template is left as it is."""
+    bare = copy.deepcopy(tokenizer)
+    if bare.init_kwargs.get("add_bos_token"):  # saved as a setting of its own, and applied on load
+        bare.add_bos_token = False
+    if _adds_bos(bare):  # by the template of the post-processor
+        state = json.loads(bare.backend_tokenizer.to_str())
+        _drop_special_token(state["post_processor"], bare.bos_token)
+        rebuilt = type(bare.backend_tokenizer).from_str(json.dumps(state))
+        bare.backend_tokenizer.post_processor = rebuilt.post_processor
+    return bare
+
+
+def _adds_bos(tokenizer) -> bool:
+    ids = tokenizer("a")["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return len(ids) > len(plain) and ids[0] == tokenizer.bos_token_id
+
+
+def _drop_special_token(processor: dict, token: str) -> None:
+    """Takes ``token`` out of a post-processor's templates (the JSON of the tokenizers library)."""
+    for inner in processor.get("processors", []):
+        _drop_special_token(inner, token)
+    for template in ("single", "pair"):
+        if template in processor:
+            processor[template] = [
+                item
+                for item in processor[template]
+                if item.get("SpecialToken", {}).get("id") != token
+            ]
+
+
+def chat_template_adds_bos(tokenizer) -> bool:
+    """Whether the chat template writes a BOS of its own: the model would see two."""
+    if not tokenizer.chat_template or tokenizer.bos_token is None:
+        return False
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    return text.startswith(tokenizer.bos_token)
 
 
 def load_float_model(source: str, dtype: torch.dtype | None = None):

@@ -16,7 +16,12 @@ from prefixquant import text as texts
 from prefixquant.checkpoint import is_prefixquant_checkpoint, read_checkpoint, write_checkpoint
 from prefixquant.compare import Candidate, compare
 from prefixquant.config import RecipeConfig
-from prefixquant.loading import load_float_model, load_tokenizer
+from prefixquant.loading import (
+    chat_template_adds_bos,
+    load_float_model,
+    load_tokenizer,
+    tokenizer_without_bos,
+)
 from prefixquant.progress import SILENT, Progress
 from prefixquant.report import model_card, quantize_report, report_json
 from prefixquant.report_html import render_html
@@ -102,6 +107,10 @@ def quantize_and_save(  # noqa: PLR0913
         command=origin.command,
         seconds=time.monotonic() - start,
     )
+    if tokenizer.bos_token_id in result.quantization.prefix_token_ids:
+        if chat_template_adds_bos(tokenizer):
+            progress.note("note: the chat template writes BOS, and the prefix holds it already")
+        tokenizer = tokenizer_without_bos(tokenizer)
     config = hf_config_dict(float_model, result.tensors)
     with progress.stage("write the checkpoint"):
         write_checkpoint(

@@ -47,29 +47,49 @@ def load(
         CheckpointError: the checkpoint is damaged, incomplete or of another version.
         UserError: another device or dtype.
     """
+    device = check_device(device)
+    checkpoint = read_checkpoint(path)
+    if dtype is None:
+        dtype = default_dtype(device, checkpoint)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    model = fill_model(_empty_model(checkpoint, dtype), checkpoint, device, dtype)
+    _generation_defaults(model, Path(path))
+    return model.eval()
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """The device as torch knows it; UserError where a checkpoint cannot run."""
     device = torch.device(device)
     if device.type != "cpu":
         raise UserError(
             f"device: expected cpu, got {device}; the CUDA part holds the matrix products only, "
             "norms, rotations and attention have no CUDA kernels yet"
         )
-    checkpoint = read_checkpoint(path)
-    tensors = checkpoint.tensors
-    stored = tensors["lm_head.weight"].dtype
-    dtype = dtype or (torch.float32 if device.type == "cpu" else stored)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UserError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    return device
 
-    model = _empty_model(checkpoint, dtype)
+
+def default_dtype(device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    """float32 on a CPU, the checkpoint's own 16-bit dtype elsewhere."""
+    return torch.float32 if device.type == "cpu" else checkpoint.tensors["lm_head.weight"].dtype
+
+
+def fill_model(
+    model: nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """Replaces the modules of a transformers skeleton (its tensors are not read: they may be meta)
+    by those of the checkpoint, and installs the hooks that generation needs."""
+    from prefixquant.integrations.transformers import attach_quantizer
+
     roles = model_roles(model.config)
     builder = _Builder(checkpoint, roles, model.config, device, dtype)
     for index, block in enumerate(model_blocks(model, roles)):
         builder.fill_block(block, index)
     builder.fill_ends(model)
     _install_cache(model, roles)
-    _keep_attention(model)
-    _generation_defaults(model, Path(path))
-    return model.eval()
+    _refuse_other_attention(model, roles)
+    attach_quantizer(model, checkpoint)
+    return model
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
@@ -219,17 +239,24 @@ def _install_cache(model: nn.Module, roles: Roles) -> None:
     decoder.register_forward_pre_hook(replace_layers, with_kwargs=True)
 
 
-def _keep_attention(model: nn.Module) -> None:
-    """Another attention implementation would silently drop the prefix: refuse to run with one."""
+def _refuse_other_attention(model: nn.Module, roles: Roles) -> None:
+    """Refuses to run with what would silently drop the prefix: another attention implementation, or
+    a request for attention weights, which the quantized attention does not have."""
 
-    def check(module, args):
-        if module.config._attn_implementation != attention.NAME:
+    def check(decoder, args, kwargs):
+        if decoder.config._attn_implementation != attention.NAME:
             raise ValueError(
                 f"attn_implementation: expected {attention.NAME!r} (it holds the prefix), "
-                f"got {module.config._attn_implementation!r}"
+                f"got {decoder.config._attn_implementation!r}"
+            )
+        wanted = kwargs.get("output_attentions")
+        if decoder.config.output_attentions if wanted is None else wanted:
+            raise ValueError(
+                "output_attentions: expected False, the quantized attention does not return "
+                "its weights"
             )
 
-    model.register_forward_pre_hook(check)
+    model.get_submodule(roles.decoder).register_forward_pre_hook(check, with_kwargs=True)
 
 
 def _generation_defaults(model: nn.Module, path: Path) -> None:
