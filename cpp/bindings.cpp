@@ -37,6 +37,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("gemm_w8", &pq::gemm_w8, arg("x"), arg("weight"), arg("weight_scale"), arg("input_scale"),
         arg("bias"), arg("y"), nogil);
   m.def("quantize_static", &pq::quantize_static, arg("x"), arg("scale"), arg("bits"), arg("q"), nogil);
+  m.def("quantize_dynamic", &pq::quantize_dynamic, arg("x"), arg("bits"), arg("q"), arg("scale"), nogil);
+  m.def("rmsnorm", &pq::rmsnorm, arg("x"), arg("weight"), arg("eps"), arg("y"), nogil);
+  m.def("add_rmsnorm_quantize", &pq::add_rmsnorm_quantize, arg("residual"), arg("x"), arg("weight"),
+        arg("eps"), arg("scale"), arg("bits"), arg("q"), nogil);
+  m.def("rmsnorm_quantize_dynamic", &pq::rmsnorm_quantize_dynamic, arg("x"), arg("weight"), arg("eps"),
+        arg("bits"), arg("q"), arg("scale"), nogil);
   m.def("rmsnorm_quantize", &pq::rmsnorm_quantize, arg("x"), arg("weight"), arg("eps"), arg("scale"),
         arg("bits"), arg("q"), nogil);
   m.def("hadamard", &pq::hadamard, arg("x"), arg("signs"), arg("block_size"), arg("y"), nogil);
@@ -44,6 +50,8 @@ PYBIND11_MODULE(_C, m) {
         arg("scale"), arg("bits"), arg("q"), nogil);
   m.def("swiglu_hadamard_quantize", &pq::swiglu_hadamard_quantize, arg("gate"), arg("up"),
         arg("signs"), arg("block_size"), arg("scale"), arg("bits"), arg("q"), nogil);
+  m.def("swiglu_hadamard_quantize_dynamic", &pq::swiglu_hadamard_quantize_dynamic, arg("gate"),
+        arg("up"), arg("signs"), arg("block_size"), arg("bits"), arg("q"), arg("scale"), nogil);
   m.def("outlier_scan", &pq::outlier_scan, arg("x"), arg("eta"), arg("row_max"), arg("median"),
         arg("is_outlier"), nogil);
   m.def("kv_quantize", &pq::kv_quantize, arg("x"), arg("scale"), arg("bits"), arg("signs"),

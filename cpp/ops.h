@@ -26,9 +26,19 @@ void gemm_w8(const TensorView& x, const TensorView& weight, const TensorView& we
 void quantize_static(const TensorView& x, const TensorView& scale, int64_t bits,
                      const TensorView& q);
 
+// quantize_dynamic.cpp
+void quantize_dynamic(const TensorView& x, int64_t bits, const TensorView& q,
+                      const TensorView& scale);
+
 // rmsnorm_quant.cpp
+void rmsnorm(const TensorView& x, const OptionalTensor& weight, double eps, const TensorView& y);
 void rmsnorm_quantize(const TensorView& x, const OptionalTensor& weight, double eps,
                       const TensorView& scale, int64_t bits, const TensorView& q);
+void rmsnorm_quantize_dynamic(const TensorView& x, const OptionalTensor& weight, double eps,
+                              int64_t bits, const TensorView& q, const TensorView& scale);
+void add_rmsnorm_quantize(const TensorView& residual, const TensorView& x,
+                          const OptionalTensor& weight, double eps, const TensorView& scale,
+                          int64_t bits, const TensorView& q);
 
 // hadamard.cpp
 void hadamard(const TensorView& x, const OptionalTensor& signs, int64_t block_size,
@@ -38,6 +48,9 @@ void hadamard_quantize(const TensorView& x, const OptionalTensor& signs, int64_t
 void swiglu_hadamard_quantize(const TensorView& gate, const TensorView& up,
                               const OptionalTensor& signs, int64_t block_size,
                               const TensorView& scale, int64_t bits, const TensorView& q);
+void swiglu_hadamard_quantize_dynamic(const TensorView& gate, const TensorView& up,
+                                      const OptionalTensor& signs, int64_t block_size, int64_t bits,
+                                      const TensorView& q, const TensorView& scale);
 
 // outlier_scan.cpp
 void outlier_scan(const TensorView& x, double eta, const TensorView& row_max,

@@ -45,6 +45,18 @@ inline FloatType float_type(const ArgumentChecker& check, const TensorView& t, c
   return t.dtype == DType::kBFloat16 ? FloatType::kBFloat16 : FloatType::kFloat16;
 }
 
+// Shape, dtype and layout of two values a byte; the device is left to the caller.
+inline void check_packed(const ArgumentChecker& check, const TensorView& q, const TensorView& like,
+                         const char* like_name, int64_t bits) {
+  PQ_CHECK(check.op, bits <= 4, "bits: expected 2 to 4 for a packed result, got ", bits);
+  check.dtype(q, "q", DType::kUInt8);
+  check.contiguous(q, "q");
+  bool fits = q.ndim == like.ndim && like.size(-1) % 2 == 0 && 2 * q.size(-1) == like.size(-1);
+  for (int i = 0; fits && i + 1 < like.ndim; ++i) fits = q.shape[i] == like.shape[i];
+  PQ_CHECK(check.op, fits, "q: expected the shape of ", like_name, " ", like.shape_text(),
+           " with half of an even last dimension, got ", q.shape_text());
+}
+
 // The int8 result of quantizing `like`.
 inline void check_quantized(const ArgumentChecker& check, const TensorView& q,
                             const TensorView& like, const char* like_name) {
@@ -54,26 +66,56 @@ inline void check_quantized(const ArgumentChecker& check, const TensorView& q,
   check.same_shape(q, "q", like, like_name);
 }
 
+// The same, or packed to uint8 [.., C/2]; its dtype says which.
+inline RowOutput check_quantized_or_packed(const ArgumentChecker& check, const TensorView& q,
+                                           const TensorView& like, const char* like_name,
+                                           int64_t bits) {
+  if (q.dtype != DType::kUInt8) {
+    check_quantized(check, q, like, like_name);
+    return RowOutput::kInt8;
+  }
+  check_packed(check, q, like, like_name, bits);
+  check.on_cpu(q, "q");
+  return RowOutput::kPacked;
+}
+
+// The scales of a dynamic quantization, one a row.
+inline float* checked_row_scales(const ArgumentChecker& check, const TensorView& scale,
+                                 int64_t rows) {
+  check.on_cpu(scale, "scale");
+  check.dtype(scale, "scale", DType::kFloat32);
+  check.rank(scale, "scale", 1);
+  check.size(scale, "scale", 0, rows);
+  check.contiguous(scale, "scale");
+  return scale.data<float>();
+}
+
+// The bounds of a quantizer of 2..8 bits, its scale left at 1.
+inline QuantizerParams quantizer_bounds(const ArgumentChecker& check, int64_t bits) {
+  PQ_CHECK(check.op, bits >= 2 && bits <= 8, "bits: expected 2 to 8, got ", bits);
+  const float qmax = static_cast<float>((1 << (bits - 1)) - 1);
+  return {1.0f, -qmax - 1.0f, qmax};
+}
+
 // `scale` float32 0-dim, bits 2..8.
 inline QuantizerParams quantizer_params(const ArgumentChecker& check, const TensorView& scale,
                                         int64_t bits) {
   check.on_cpu(scale, "scale");
   check.dtype(scale, "scale", DType::kFloat32);
   check.rank(scale, "scale", 0);
-  PQ_CHECK(check.op, bits >= 2 && bits <= 8, "bits: expected 2 to 8, got ", bits);
-  const float qmax = static_cast<float>((1 << (bits - 1)) - 1);
-  return {1.0f / *scale.data<float>(), -qmax - 1.0f, qmax};
+  QuantizerParams quantizer = quantizer_bounds(check, bits);
+  quantizer.inv_scale = 1.0f / *scale.data<float>();
+  return quantizer;
 }
 
-// Checks (signs, block_size) and regroups the sign matrix for the kernel: float32, groups of 4
-// rows, and inside a group all four signs of a column together. The regrouped matrix lives in the
-// calling thread's scratch until its next plan.
+// Checks (signs, block_size) and turns the sign matrix into the picks of HadamardParams. They live
+// in the calling thread's scratch until its next plan.
 inline HadamardParams hadamard_params(const ArgumentChecker& check, const OptionalTensor& signs,
                                       int64_t block_size) {
   constexpr int64_t kGroup = 4;
   PQ_CHECK(check.op, block_size >= 1, "block_size: expected 1 or more, got ", block_size);
   int64_t k = 1;
-  float* regrouped = nullptr;
+  uint8_t* picks = nullptr;
   if (signs) {
     check.on_cpu(*signs, "signs");
     check.dtype(*signs, "signs", DType::kInt8);
@@ -83,15 +125,19 @@ inline HadamardParams hadamard_params(const ArgumentChecker& check, const Option
     PQ_CHECK(check.op, signs->size(1) == k && k % kGroup == 0 && k > 0,
              "signs: expected a square matrix of a size that 4 divides, got shape ",
              signs->shape_text());
-    regrouped = static_cast<float*>(thread_scratch(ScratchSlot::kPanel, k * k * sizeof(float)));
+    picks = static_cast<uint8_t*>(thread_scratch(ScratchSlot::kPanel, k * k / kGroup));
     const int8_t* source = signs->data<int8_t>();
     bool only_signs = true;
     for (int64_t i = 0; i < k; ++i) {
-      float* group = regrouped + i / kGroup * kGroup * k + i % kGroup;
-      for (int64_t j = 0; j < k; ++j) {
-        const int8_t sign = source[i * k + j];
-        only_signs = only_signs && (sign == 1 || sign == -1);
-        group[j * kGroup] = sign;
+      uint8_t* row = picks + i / kGroup * k + i % kGroup;
+      for (int64_t j = 0; j < k; j += kGroup) {
+        uint8_t pick = 0;
+        for (int64_t b = 0; b < kGroup; ++b) {
+          const int8_t sign = source[i * k + j + b];
+          only_signs = only_signs && (sign == 1 || sign == -1);
+          pick |= static_cast<uint8_t>((sign < 0) << b);
+        }
+        row[j] = pick;
       }
     }
     PQ_CHECK(check.op, only_signs, "signs: expected values 1 and -1");
@@ -100,7 +146,7 @@ inline HadamardParams hadamard_params(const ArgumentChecker& check, const Option
   PQ_CHECK(check.op, pow2 * k == block_size && pow2 > 0 && (pow2 & (pow2 - 1)) == 0,
            "block_size: expected a power of two times ", k, " (the size of signs), got ",
            block_size);
-  return {block_size, pow2, k, regrouped,
+  return {block_size, pow2, k, picks,
           static_cast<float>(1.0 / std::sqrt(static_cast<double>(block_size)))};
 }
 

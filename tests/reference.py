@@ -33,15 +33,43 @@ def quantize_static(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     return q.nan_to_num(nan=0.0).to(torch.int8)
 
 
-def rmsnorm_quantize(
-    x: Tensor, weight: Tensor | None, eps: float, scale: Tensor, bits: int
-) -> Tensor:
+def quantize_dynamic(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    scale = x.float().abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    scale = torch.where(scale == 0.0, 1.0, scale)
+    return quantize_static(x, scale, bits), scale.flatten()
+
+
+# ---- RMSNorm ----
+
+
+def rmsnorm_float32(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """The normalized row before it is rounded to the dtype of x."""
     mean = x.double().square().sum(-1, keepdim=True) / x.shape[-1]
     rstd = (1.0 / (mean + eps).sqrt()).float()
     y = x.float() * rstd
-    if weight is not None:
-        y = y * weight.float()
-    return quantize_static(y, scale, bits)
+    return y if weight is None else y * weight.float()
+
+
+def rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return rmsnorm_float32(x, weight, eps).to(x.dtype)
+
+
+def rmsnorm_quantize(
+    x: Tensor, weight: Tensor | None, eps: float, scale: Tensor, bits: int, packed: bool = False
+) -> Tensor:
+    q = quantize_static(rmsnorm_float32(x, weight, eps), scale, bits)
+    return pack_int4(q) if packed else q
+
+
+def rmsnorm_quantize_dynamic(
+    x: Tensor, weight: Tensor | None, eps: float, bits: int
+) -> tuple[Tensor, Tensor]:
+    return quantize_dynamic(rmsnorm_float32(x, weight, eps), bits)
+
+
+def add(residual: Tensor, x: Tensor) -> Tensor:
+    """What add_rmsnorm_quantize leaves in the residual and normalizes."""
+    return (residual.float() + x.float()).to(residual.dtype)
 
 
 # ---- Hadamard ----
@@ -61,8 +89,9 @@ def hadamard_float32(x: Tensor, signs: Tensor | None, block_size: int) -> Tensor
     y = y.reshape(-1, k, pow2)
     if signs is not None:
         total = torch.zeros_like(y)
-        for j in range(k):
-            total = total + signs[:, j].float()[None, :, None] * y[:, None, j]
+        for j in range(0, k, 4):
+            t = [signs[:, j + b].float()[None, :, None] * y[:, None, j + b] for b in range(4)]
+            total = total + ((t[0] + t[1]) + (t[2] + t[3]))
         y = total
     norm = torch.tensor(1.0 / math.sqrt(block_size), dtype=torch.float32)
     return (y * norm).reshape(x.shape)
@@ -102,11 +131,20 @@ def silu_float32(g: Tensor) -> Tensor:
     return g / (exp_float32(-g) + 1.0)
 
 
+def swiglu_float32(gate: Tensor, up: Tensor) -> Tensor:
+    return silu_float32(gate.float()) * up.float()
+
+
 def swiglu_hadamard_quantize(
     gate: Tensor, up: Tensor, signs: Tensor | None, block_size: int, scale: Tensor, bits: int
 ) -> Tensor:
-    x = silu_float32(gate.float()) * up.float()
-    return hadamard_quantize(x, signs, block_size, scale, bits)
+    return hadamard_quantize(swiglu_float32(gate, up), signs, block_size, scale, bits)
+
+
+def swiglu_hadamard_quantize_dynamic(
+    gate: Tensor, up: Tensor, signs: Tensor | None, block_size: int, bits: int
+) -> tuple[Tensor, Tensor]:
+    return quantize_dynamic(hadamard_float32(swiglu_float32(gate, up), signs, block_size), bits)
 
 
 # ---- outlier tokens ----

@@ -43,6 +43,13 @@ VALID = {
     "rmsnorm_quantize": {
         "x": f(2, 24), "weight": f(24), "eps": 1e-5, "scale": scalar(), "bits": 4,
     },
+    "quantize_dynamic": {"x": f(2, 24), "bits": 4},
+    "rmsnorm": {"x": f(2, 24), "weight": f(24), "eps": 1e-5},
+    "add_rmsnorm_quantize": {
+        "residual": f(2, 24), "x": f(2, 24), "weight": f(24), "eps": 1e-5, "scale": scalar(),
+        "bits": 4,
+    },
+    "rmsnorm_quantize_dynamic": {"x": f(2, 24), "weight": f(24), "eps": 1e-5, "bits": 4},
     "hadamard": {"x": f(2, 24), "signs": SIGNS, "block_size": 24},
     "hadamard_quantize": {
         "x": f(2, 24), "signs": SIGNS, "block_size": 24, "scale": scalar(), "bits": 4,
@@ -50,6 +57,9 @@ VALID = {
     "swiglu_hadamard_quantize": {
         "gate": f(2, 24), "up": f(2, 24), "signs": SIGNS, "block_size": 24, "scale": scalar(),
         "bits": 4,
+    },
+    "swiglu_hadamard_quantize_dynamic": {
+        "gate": f(2, 24), "up": f(2, 24), "signs": SIGNS, "block_size": 24, "bits": 4,
     },
     "outlier_scan": {"x": f(2, 24), "eta": 64.0},
     "kv_quantize": {
@@ -73,17 +83,13 @@ WRONG = {
     ("pack_int4", "q"): {"dtype": f(2, 24), "odd": i8(2, 23)},
     ("unpack_int4", "packed"): {"dtype": i8(2, 24)},
     ("quantize_static", "x"): BAD_X,
-    ("rmsnorm_quantize", "x"): BAD_X,
-    ("rmsnorm_quantize", "weight"): {
-        "dtype": i8(24), "rank": f(1, 24), "size": f(23), "layout": f(48)[::2],
+    ("quantize_dynamic", "x"): BAD_X,
+    ("add_rmsnorm_quantize", "residual"): {
+        **BAD_X, "size": f(2, 23), "rows": f(3, 24), "half": f(2, 24).half(),
+        "overlap": f(24).expand(2, 24),
     },
-    ("rmsnorm_quantize", "eps"): {"negative": -1e-6, "nan": float("nan")},
     ("hadamard", "x"): {**BAD_X, "size": f(2, 36)},
     ("hadamard_quantize", "x"): {**BAD_X, "size": f(2, 36)},
-    ("swiglu_hadamard_quantize", "gate"): {"dtype": i8(2, 24), "rank": scalar()},
-    ("swiglu_hadamard_quantize", "up"): {
-        "dtype": f(2, 24, dtype=torch.float16), "rank": f(2, 1, 24), "size": f(2, 48),
-    },
     ("outlier_scan", "x"): {**BAD_X, "rank 3": f(2, 3, 24), "rank 1": f(24)},
     ("outlier_scan", "eta"): {"zero": 0.0, "negative": -1.0, "nan": float("nan")},
     ("kv_quantize", "x"): {
@@ -101,15 +107,27 @@ WRONG = {
     ("kv_dequantize", "q"): {"dtype": i8(2, 3, 4, 12), "rank": f(3, 4, 12, dtype=torch.uint8)},
 }  # fmt: skip
 for _op in VALID:
+    if "rmsnorm" in _op:
+        WRONG[_op, "x"] = BAD_X
+        WRONG[_op, "weight"] = {
+            "dtype": i8(24), "rank": f(1, 24), "size": f(23), "layout": f(48)[::2],
+        }  # fmt: skip
+        WRONG[_op, "eps"] = {"negative": -1e-6, "nan": float("nan")}
+    if "gate" in VALID[_op]:
+        WRONG[_op, "gate"] = {"dtype": i8(2, 24), "rank": scalar()}
+        WRONG[_op, "up"] = {
+            "dtype": f(2, 24, dtype=torch.float16), "rank": f(2, 1, 24), "size": f(2, 48),
+        }  # fmt: skip
     if "signs" in VALID[_op]:
         WRONG[_op, "signs"] = BAD_SIGNS
         WRONG[_op, "block_size"] = BAD_BLOCKS
     if "bits" in VALID[_op]:
         kv = _op.startswith("kv_")
         WRONG[_op, "bits"] = {str(b): b for b in ((3, 5, 16, 0) if kv else (0, 1, 9, -4))}
+    if "scale" in VALID[_op]:
         WRONG[_op, "scale"] = (
             {"dtype": f(3).double(), "rank": scalar(), "size": f(4), "layout": f(6)[::2]}
-            if kv
+            if _op.startswith("kv_")
             else BAD_SCALES
         )
 
@@ -146,6 +164,11 @@ def test_dequantize_to_an_integer_dtype():
 
 U8_CACHE = f(2, 3, 4, 12, dtype=torch.uint8)
 BAD_Q = {"dtype": f(2, 24), "shape": i8(2, 23), "rank": i8(48), "layout": i8(2, 48)[:, ::2]}
+BAD_PACKED = {
+    "packed shape": f(2, 11, dtype=torch.uint8),
+    "packed layout": f(2, 24, dtype=torch.uint8)[:, ::2],
+}
+BAD_ROW_SCALES = {"dtype": f(2).double(), "rank": scalar(), "size": f(3), "layout": f(4)[::2]}
 BAD_ROWS = {"layout": f(2, 48)[:, ::2], "rows": f(3, 2, 24).transpose(0, 1)}
 
 # The extension itself: outputs, and inputs in a layout that the public functions would have copied.
@@ -154,8 +177,20 @@ RAW = {
     ("unpack_int4", "q"): {"dtype": f(2, 24), "size": i8(2, 23)},
     ("quantize_static", "q"): BAD_Q,
     ("quantize_static", "x"): BAD_ROWS,
-    ("rmsnorm_quantize", "q"): BAD_Q,
+    ("quantize_dynamic", "q"): BAD_Q,
+    ("quantize_dynamic", "scale"): BAD_ROW_SCALES,
+    ("quantize_dynamic", "x"): BAD_ROWS,
+    ("rmsnorm", "y"): {"dtype": f(2, 24).half(), "shape": f(2, 48), "layout": f(24, 2).T},
+    ("rmsnorm", "x"): BAD_ROWS,
+    ("rmsnorm_quantize", "q"): {**BAD_Q, **BAD_PACKED},
     ("rmsnorm_quantize", "x"): BAD_ROWS,
+    ("add_rmsnorm_quantize", "q"): {**BAD_Q, **BAD_PACKED},
+    ("add_rmsnorm_quantize", "x"): BAD_ROWS,
+    ("add_rmsnorm_quantize", "residual"): BAD_ROWS,
+    ("rmsnorm_quantize_dynamic", "q"): BAD_Q,
+    ("rmsnorm_quantize_dynamic", "scale"): BAD_ROW_SCALES,
+    ("swiglu_hadamard_quantize_dynamic", "q"): BAD_Q,
+    ("swiglu_hadamard_quantize_dynamic", "scale"): BAD_ROW_SCALES,
     ("hadamard", "y"): {"dtype": f(2, 24).half(), "shape": f(2, 48), "layout": f(24, 2).T},
     ("hadamard", "x"): BAD_ROWS,
     ("hadamard_quantize", "q"): BAD_Q,
@@ -179,7 +214,12 @@ OUTPUTS = {
     "pack_int4": {"packed": f(2, 12, dtype=torch.uint8)},
     "unpack_int4": {"q": i8(2, 24)},
     "quantize_static": {"q": i8(2, 24)},
+    "quantize_dynamic": {"q": i8(2, 24), "scale": f(2)},
+    "rmsnorm": {"y": f(2, 24)},
     "rmsnorm_quantize": {"q": i8(2, 24)},
+    "add_rmsnorm_quantize": {"q": i8(2, 24)},
+    "rmsnorm_quantize_dynamic": {"q": i8(2, 24), "scale": f(2)},
+    "swiglu_hadamard_quantize_dynamic": {"q": i8(2, 24), "scale": f(2)},
     "hadamard": {"y": f(2, 24)},
     "hadamard_quantize": {"q": i8(2, 24)},
     "swiglu_hadamard_quantize": {"q": i8(2, 24)},
@@ -204,6 +244,16 @@ def test_wrong_argument_of_the_extension(op, name, value):
     getattr(_C, op)(**arguments)
     with pytest.raises(ValueError, match=f"^{op}: {name}: "):
         getattr(_C, op)(**{**arguments, name: value})
+
+
+@pytest.mark.parametrize("op", ["rmsnorm_quantize", "add_rmsnorm_quantize"])
+def test_packed_levels_need_four_bits_and_an_even_width(op):
+    with pytest.raises(ValueError, match=f"^{op}: bits: expected 2 to 4"):
+        getattr(ops, op)(**{**VALID[op], "bits": 5}, packed=True)
+    odd = {name: value for name, value in VALID[op].items() if name in ("eps", "scale", "bits")}
+    odd |= {"weight": None, "x": f(2, 23)} | ({"residual": f(2, 23)} if "add" in op else {})
+    with pytest.raises(ValueError, match=f"^{op}: q: expected the shape of x"):
+        getattr(ops, op)(**odd, packed=True)
 
 
 def test_tensors_with_other_dtypes_are_refused():

@@ -15,7 +15,12 @@ from cases import (
 )
 from compare import assert_bits_equal, assert_float_error
 from prefixquant.hadamard import hadamard_matrix, hadamard_signs, split_size
-from prefixquant.ops import hadamard, hadamard_quantize, swiglu_hadamard_quantize
+from prefixquant.ops import (
+    hadamard,
+    hadamard_quantize,
+    swiglu_hadamard_quantize,
+    swiglu_hadamard_quantize_dynamic,
+)
 
 SCALE = torch.tensor(0.23)
 
@@ -38,6 +43,14 @@ def test_sizes(isa, size):
         q = swiglu_hadamard_quantize(gate, up, signs, size, SCALE, 8)
         expected = reference.swiglu_hadamard_quantize(gate, up, signs, size, SCALE, 8)
         assert_bits_equal(q, expected)
+        check_dynamic(gate, up, signs, size)
+
+
+def check_dynamic(gate, up, signs, size):
+    q, scale = swiglu_hadamard_quantize_dynamic(gate, up, signs, size, 4)
+    expected = reference.swiglu_hadamard_quantize_dynamic(gate, up, signs, size, 4)
+    assert_bits_equal(scale, expected[1], "dynamic scale")
+    assert_bits_equal(q, expected[0], "dynamic q")
 
 
 @pytest.mark.parametrize("k", SIGN_SIZES)
@@ -55,6 +68,7 @@ def test_rows(isa, rows):
     for dtype in FLOAT_DTYPES:
         x = outlier_rows(rows, 192, dtype)
         assert_bits_equal(hadamard(x, signs, 96), reference.hadamard(x, signs, 96))
+        check_dynamic(x, x.flip(0), signs, 96)
 
 
 @pytest.mark.parametrize("size", [64, 96])
@@ -84,6 +98,7 @@ def test_not_a_number_stays_in_its_block(isa, dtype, size):
     q = swiglu_hadamard_quantize(x, x.flip(0), signs, size, SCALE, 4)
     expected = reference.swiglu_hadamard_quantize(x, x.flip(0), signs, size, SCALE, 4)
     assert_bits_equal(q, expected)
+    check_dynamic(x, x.flip(0), signs, size)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])
@@ -134,3 +149,5 @@ def test_opcheck(size):
     torch.library.opcheck(ops.hadamard_quantize.default, (x, signs, size, SCALE, 4))
     args = (x, x + 1, signs, size, SCALE, 4)
     torch.library.opcheck(ops.swiglu_hadamard_quantize.default, args)
+    args = (x, x + 1, signs, size, 4)
+    torch.library.opcheck(ops.swiglu_hadamard_quantize_dynamic.default, args)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""rmsnorm_quantize against the reference, bit for bit.
+"""rmsnorm and its fusions against the reference, bit for bit.
 
 The kernel and the reference sum the squares in float64 in different orders. That moves rstd by at
 most a float32 ulp, in about one row of 10^8, and a level only at a tie: with the fixed seeds here
@@ -11,7 +11,12 @@ import reference
 import torch
 from cases import COLUMN_COUNTS, FLOAT_DTYPES, ROW_COUNTS, outlier_rows, poisoned, strided
 from compare import assert_bits_equal
-from prefixquant.ops import rmsnorm_quantize
+from prefixquant.ops import (
+    add_rmsnorm_quantize,
+    rmsnorm,
+    rmsnorm_quantize,
+    rmsnorm_quantize_dynamic,
+)
 
 EPS = 1e-5
 
@@ -65,7 +70,58 @@ def test_agrees_with_torch_rms_norm():
     assert (q * 0.05 - exact.clamp(-128 * 0.05, 127 * 0.05)).abs().max() < 0.025 * 1.0001
 
 
+def check_forms(x, weight, bits):
+    """rmsnorm, rmsnorm_quantize_dynamic, add_rmsnorm_quantize and the packed forms."""
+    assert_bits_equal(rmsnorm(x, weight, EPS), reference.rmsnorm(x, weight, EPS), "rmsnorm")
+    q, scale = rmsnorm_quantize_dynamic(x, weight, EPS, bits)
+    expected_q, expected_scale = reference.rmsnorm_quantize_dynamic(x, weight, EPS, bits)
+    assert_bits_equal(scale, expected_scale, "dynamic scale")
+    assert_bits_equal(q, expected_q, "dynamic q")
+    scale = torch.tensor(3.0 / 2 ** (bits - 1))
+    residual = strided(torch.randn(x.shape).to(x.dtype))
+    total = reference.add(residual, x)
+    for packed in (False, True) if x.shape[-1] % 2 == 0 and bits <= 4 else (False,):
+        expected = reference.rmsnorm_quantize(x, weight, EPS, scale, bits, packed)
+        assert_bits_equal(rmsnorm_quantize(x, weight, EPS, scale, bits, packed), expected)
+        copy = strided(residual)
+        q = add_rmsnorm_quantize(copy, x, weight, EPS, scale, bits, packed)
+        assert_bits_equal(copy, total, "residual")
+        expected = reference.rmsnorm_quantize(total, weight, EPS, scale, bits, packed)
+        assert_bits_equal(q, expected, "add_rmsnorm_quantize")
+
+
+@pytest.mark.parametrize("rows", ROW_COUNTS)
+@pytest.mark.parametrize("columns", COLUMN_COUNTS)
+def test_forms(isa, rows, columns):
+    for dtype in FLOAT_DTYPES:
+        x = outlier_rows(rows, columns, dtype)
+        check_forms(x, None, 4)
+        check_forms(x, torch.rand(columns).to(dtype), 8)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_forms_strided_and_poisoned(isa, dtype):
+    x = outlier_rows(18, 576, dtype)
+    for view in (strided(x), x[::3], x[5], x.view(18, 1, 576)):
+        check_forms(view, torch.rand(576), 3)
+    check_forms(poisoned(17, 64, dtype), None, 4)
+
+
+@pytest.mark.parametrize("columns", [64, 111])
+def test_any_layout_of_the_residual_is_written(columns):
+    residual, x = torch.randn(columns, 3), torch.randn(3, columns)
+    expected = reference.add(residual.T, x)
+    add_rmsnorm_quantize(residual.T, x, None, EPS, torch.tensor(0.02), 8)
+    assert_bits_equal(residual.T, expected)
+
+
 @pytest.mark.parametrize("weight", [None, torch.ones(16)])
 def test_opcheck(weight):
-    args = (torch.randn(3, 16), weight, EPS, torch.tensor(0.1), 4)
-    torch.library.opcheck(torch.ops.prefixquant.rmsnorm_quantize.default, args)
+    ops = torch.ops.prefixquant
+    x, scale = torch.randn(3, 16), torch.tensor(0.1)
+    torch.library.opcheck(ops.rmsnorm.default, (x, weight, EPS))
+    for packed in (False, True):
+        args = (x, weight, EPS, scale, 4, packed)
+        torch.library.opcheck(ops.rmsnorm_quantize.default, args)
+        torch.library.opcheck(ops.add_rmsnorm_quantize.default, (torch.randn(3, 16), *args))
+    torch.library.opcheck(ops.rmsnorm_quantize_dynamic.default, (x, weight, EPS, 8))

@@ -3,8 +3,11 @@
 //
 // Layout: the block is [k, 2^m], k outer. Order of the additions, part of the operation's
 // definition: butterflies (a + b, a - b) over the 2^m part with distance h = 1, 2, 4, ..., then for
-// each output row i the sum over j = 0..k-1 of sign[i, j] * x[j, :], then one multiplication by
-// `norm`. Several butterfly stages are done in registers at a time; that changes no operand of any
+// each output row i, with s_j = sign[i, j], the sum from left to right over g = 0 .. k/4 - 1 of
+//   (s_4g x[4g, :] + s_4g+1 x[4g+1, :]) + (s_4g+2 x[4g+2, :] + s_4g+3 x[4g+3, :]),
+// then one multiplication by `norm`. A group has only 16 values, 8 and their negatives, whatever
+// the number of rows: they are formed once and each row picks its own, k/4 additions instead of k.
+// Several butterfly stages are done in registers at a time; that changes no operand of any
 // addition.
 #pragma once
 
@@ -123,49 +126,68 @@ PQ_INLINE void fwht(float* x, int64_t total, int64_t pow2) {
   if (2 * h <= pow2) butterfly_pass<2>(x, total, h);
 }
 
-// acc + sign * x. The product with +-1 is exact, so the fused form rounds like the separate one.
-template <typename V>
-PQ_INLINE V add_signed(V acc, float sign, V x) {
-  return acc + sign * x;
-}
-#if defined(__AVX512F__)
-template <>
-inline
-    __attribute__((always_inline)) Floats<16> add_signed(Floats<16> acc, float sign, Floats<16> x) {
-  return (Floats<16>)_mm512_fmadd_ps(_mm512_set1_ps(sign), (__m512)x, (__m512)acc);
-}
-#endif
-
-// ROWS rows of y[:, c .. c + COLS * W) from signs [k, ROWS] (one group of HadamardParams::signs).
-template <int ROWS, int COLS, int W>
-PQ_INLINE void sign_tile(const float* x, float* y, const float* signs, int64_t k, int64_t pow2,
-                         float norm) {
+// The 16 signed sums of one group of four inputs, in the order of HadamardParams::picks: bit b of
+// the index is set where the sign of input b is -1. (a - b) is a + (-b), and the negative of a sum
+// is the sum of the negatives, so all are what the definition adds.
+template <int W>
+PQ_INLINE void signed_sums(const float* x, int64_t pow2, float (*sums)[W]) {
   using V = Floats<W>;
-  V acc[ROWS][COLS] = {};
-  for (int64_t j = 0; j < k; ++j) {
-#pragma GCC unroll 4
-    for (int c = 0; c < COLS; ++c) {
-      const V v = load<V>(x + j * pow2 + c * W);
-#pragma GCC unroll 4
-      for (int i = 0; i < ROWS; ++i) acc[i][c] = add_signed(acc[i][c], signs[j * ROWS + i], v);
+  const auto x0 = load<V>(x), x1 = load<V>(x + pow2);
+  const auto x2 = load<V>(x + 2 * pow2), x3 = load<V>(x + 3 * pow2);
+  const V low[2] = {x0 + x1, x0 - x1};  // + +, + -
+  const V high[2] = {x2 + x3, x2 - x3};
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      // Inputs (0, 1) signed (+, -^i), inputs (2, 3) signed (+, -^j) or the opposite.
+      const V same = low[i] + high[j], opposite = low[i] - high[j];
+      const int first = 2 * i + 8 * j;
+      store(sums[first], same);
+      store(sums[15 - first], -same);
+      store(sums[first ^ 12], opposite);
+      store(sums[15 - (first ^ 12)], -opposite);
     }
-  }
-  for (int i = 0; i < ROWS; ++i) {
-    for (int c = 0; c < COLS; ++c) store(y + i * pow2 + c * W, acc[i][c] * norm);
   }
 }
 
-template <int ROWS, int W>
-PQ_INLINE void sign_pass(const float* x, float* y, const HadamardParams& p) {
-  for (int64_t i = 0; i < p.k; i += ROWS) {
-    const float* signs = p.signs + i * p.k;
-    float* out = y + i * p.pow2;
-    int64_t c = 0;
-    for (; c + 4 * W <= p.pow2; c += 4 * W) {
-      sign_tile<ROWS, 4, W>(x + c, out + c, signs, p.k, p.pow2, p.norm);
+// Groups whose sums are formed at a time: 16 of them fill 16 KB of the L1 cache with AVX-512.
+constexpr int64_t kGroupsAtATime = 16;
+
+// y[i, 0 .. W) for all rows i of the sign matrix.
+template <int W>
+PQ_INLINE void sign_column(const float* x, float* y, const HadamardParams& p) {
+  using V = Floats<W>;
+  alignas(64) float sums[kGroupsAtATime * 16][W];
+  const int64_t groups = p.k / 4;
+  for (int64_t first = 0; first < groups; first += kGroupsAtATime) {
+    const int64_t count = groups - first < kGroupsAtATime ? groups - first : kGroupsAtATime;
+    for (int64_t g = 0; g < count; ++g) {
+      signed_sums<W>(x + 4 * (first + g) * p.pow2, p.pow2, sums + 16 * g);
     }
-    for (; c < p.pow2; c += W) sign_tile<ROWS, 1, W>(x + c, out + c, signs, p.k, p.pow2, p.norm);
+    const float norm = first + count == groups ? p.norm : 1.0f;
+    for (int64_t i = 0; i < p.k; i += kSignRows) {
+      const uint8_t* picks = p.picks + i * groups + first * kSignRows;
+      V acc[kSignRows] = {};
+      if (first > 0) {
+#pragma GCC unroll 4
+        for (int r = 0; r < kSignRows; ++r) acc[r] = load<V>(y + (i + r) * p.pow2);
+      }
+      for (int64_t g = 0; g < count; ++g) {
+#pragma GCC unroll 4
+        for (int r = 0; r < kSignRows; ++r) {
+          acc[r] = acc[r] + load<V>(sums[16 * g + picks[g * kSignRows + r]]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kSignRows; ++r) store(y + (i + r) * p.pow2, acc[r] * norm);
+    }
   }
+}
+
+template <int W>
+PQ_INLINE void sign_pass(const float* x, float* y, const HadamardParams& p) {
+  for (int64_t c = 0; c < p.pow2; c += W) sign_column<W>(x + c, y + c, p);
 }
 
 // Where a transformed block is and what is left to do: multiply by `factor` (1, which is exact,
@@ -181,15 +203,15 @@ PQ_INLINE TransformedBlock hadamard_block(float* x, float* y, const HadamardPara
   fwht(x, p.block, p.pow2);
   if (p.k == 1) return {x, p.norm};
   if (p.pow2 >= kLanes) {
-    sign_pass<kSignRows, kLanes>(x, y, p);
+    sign_pass<kLanes>(x, y, p);
   } else if (p.pow2 == 8) {
-    sign_pass<kSignRows, (kLanes > 8 ? 8 : kLanes)>(x, y, p);
+    sign_pass<(kLanes > 8 ? 8 : kLanes)>(x, y, p);
   } else if (p.pow2 == 4) {
-    sign_pass<kSignRows, 4>(x, y, p);
+    sign_pass<4>(x, y, p);
   } else if (p.pow2 == 2) {
-    sign_pass<kSignRows, 2>(x, y, p);
+    sign_pass<2>(x, y, p);
   } else {
-    sign_pass<kSignRows, 1>(x, y, p);
+    sign_pass<1>(x, y, p);
   }
   return {y, 1.0f};
 }

@@ -21,7 +21,9 @@ struct HadamardParams {
   int64_t block;
   int64_t pow2;
   int64_t k;
-  const float* signs;  // +-1, the [k, k] matrix regrouped by HadamardPlan (cpp/rows.h)
+  // [k/4 groups of 4 rows][k/4 groups of 4 columns][4 rows]: which of the 16 signed sums of its four
+  // inputs a row adds; bit b is set where the sign of input b is -1.
+  const uint8_t* picks;
   float norm;          // float32(1 / sqrt(block))
 };
 
@@ -37,16 +39,37 @@ struct QuantizeRows {
   QuantizerParams quantizer;
 };
 
-struct RmsnormQuantizeRows {
+// What a row kernel writes.
+enum class RowOutput : uint8_t {
+  kFloat,   // the type of the input
+  kInt8,    // one value a byte
+  kPacked,  // two values a byte, even index in the low nibble
+};
+
+struct RmsnormRows {
   const void* x;  // [rows, cols]
   FloatType x_type;
   int64_t x_stride;
+  void* residual;  // [rows, cols] of x_type or null: becomes residual + x, which is then normalized
+  int64_t residual_stride;
   const void* weight;  // [cols] or null
   FloatType weight_type;
   double eps;
-  int8_t* q;  // [rows, cols] contiguous
+  void* y;  // [rows, cols or cols / 2] contiguous
+  RowOutput output;
+  float* row_scale;  // [rows]: dynamic scales are written there; null: the static quantizer
   int64_t cols;
   QuantizerParams quantizer;
+};
+
+struct QuantizeDynamicRows {
+  const void* x;  // [rows, cols]
+  FloatType x_type;
+  int64_t x_stride;
+  int8_t* q;  // [rows, cols] contiguous
+  float* row_scale;  // [rows]
+  int64_t cols;
+  QuantizerParams quantizer;  // its bounds; inv_scale is each row's own
 };
 
 struct HadamardRows {
@@ -57,6 +80,7 @@ struct HadamardRows {
   int64_t up_stride;
   void* y;  // [rows, cols] contiguous: x_type when it is not quantized, int8 when it is
   bool quantized;
+  float* row_scale;  // [rows]: dynamic scales are written there; null: the static quantizer
   int64_t cols;
   HadamardParams hadamard;
   QuantizerParams quantizer;

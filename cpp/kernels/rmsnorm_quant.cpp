@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = (x * rstd) * weight, rstd = float32(1 / sqrt(mean(x^2) + eps)), then the static quantizer.
+// y = (x * rstd) * weight, rstd = float32(1 / sqrt(mean(x^2) + eps)), then rounded to x's dtype or
+// quantized with a static scale or the row's own; before that, where asked for, x = residual + x,
+// rounded and written back to the residual.
 // The squares are summed in float64 in 16 lanes (lane = column mod 16) whatever the register width,
 // so every ISA adds in the same order.
-#include "quantize.h"
+#include "quantize_dynamic.h"
+
+#include <type_traits>
 
 PQ_ISA_NAMESPACE_BEGIN
 namespace {
@@ -37,49 +41,131 @@ double sum_of_squares(const float* x, int64_t padded) {
   return lanes[0];
 }
 
+// fn(c, n) for every piece of a row: n = kLanes except for the last, shorter one.
+template <typename Fn>
+PQ_INLINE void for_pieces(int64_t cols, Fn&& fn) {
+  int64_t c = 0;
+  for (; c + kLanes <= cols; c += kLanes) fn(c, kLanes);
+  if (c < cols) fn(c, cols - c);
+}
+
+template <typename T>
+PQ_INLINE Floats<kLanes> load_piece(const T* from, int64_t n) {
+  return n == kLanes ? load_float(from) : load_float_tail(from, n);
+}
+
+template <typename T>
+PQ_INLINE void store_piece(T* to, Floats<kLanes> value, int64_t n) {
+  if (n == kLanes) {
+    store_float(to, value);
+  } else {
+    store_float_tail(to, value, n);
+  }
+}
+
+// y[c] = x[c] * rstd (* weight[c]) in pieces, handed to `use`(c, n, y).
+template <typename W, typename Use>
+PQ_INLINE void normalize(const float* x, const W* weight, float rstd, int64_t cols, Use&& use) {
+  for_pieces(cols, [=](int64_t c, int64_t n) PQ_INLINE_LAMBDA {
+    use(c, n, (load_piece(x + c, n) * rstd) * load_piece(weight + c, n));
+  });
+}
+
+template <typename Use>
+PQ_INLINE void normalize(const float* x, float rstd, int64_t cols, Use&& use) {
+  for_pieces(
+      cols, [=](int64_t c, int64_t n) PQ_INLINE_LAMBDA { use(c, n, load_piece(x + c, n) * rstd); });
+}
+
 template <typename W>
 PQ_INLINE void normalize_quantize(const float* x, const W* weight, float rstd, int8_t* q,
                                   int64_t cols, QuantizerParams quantizer) {
   quantize_each(q, cols, quantizer, [=](int64_t c, int64_t n) PQ_INLINE_LAMBDA {
-    if (n == kLanes) return (load_float(x + c) * rstd) * load_float(weight + c);
-    return (load_float_tail(x + c, n) * rstd) * load_float_tail(weight + c, n);
+    return (load_piece(x + c, n) * rstd) * load_piece(weight + c, n);
   });
 }
 
 PQ_INLINE void normalize_quantize(const float* x, float rstd, int8_t* q, int64_t cols,
                                   QuantizerParams quantizer) {
-  quantize_each(q, cols, quantizer, [=](int64_t c, int64_t n) PQ_INLINE_LAMBDA {
-    return (n == kLanes ? load_float(x + c) : load_float_tail(x + c, n)) * rstd;
+  quantize_each(q, cols, quantizer,
+                [=](int64_t c, int64_t n) PQ_INLINE_LAMBDA { return load_piece(x + c, n) * rstd; });
+}
+
+// residual = residual + x, rounded to T.
+template <typename T>
+PQ_INLINE void add_row(T* residual, const T* x, int64_t cols) {
+  for_pieces(cols, [=](int64_t c, int64_t n) PQ_INLINE_LAMBDA {
+    store_piece(residual + c, load_piece(residual + c, n) + load_piece(x + c, n), n);
   });
+}
+
+// Writes the normalized row in the form that the operation wants.
+template <typename T, typename Normalize, typename NormalizeQuantize>
+PQ_INLINE void finish_row(const RmsnormRows& p, int64_t row, const T*, float* scratch,
+                          int8_t* levels, Normalize&& normalize_row,
+                          NormalizeQuantize&& quantize_normalized) {
+  if (p.output == RowOutput::kFloat) {
+    T* y = static_cast<T*>(p.y) + row * p.cols;
+    normalize_row([=](int64_t c, int64_t n, Floats<kLanes> v)
+                      PQ_INLINE_LAMBDA { store_piece(y + c, v, n); });
+    return;
+  }
+  int8_t* q = p.output == RowOutput::kPacked ? levels : static_cast<int8_t*>(p.y) + row * p.cols;
+  if (p.row_scale) {
+    normalize_row([=](int64_t c, int64_t n, Floats<kLanes> v)
+                      PQ_INLINE_LAMBDA { store_piece(scratch + c, v, n); });
+    p.row_scale[row] = quantize_row_dynamic(scratch, q, p.cols, p.quantizer);
+  } else {
+    quantize_normalized(q);
+  }
+  if (p.output == RowOutput::kPacked) {
+    pack_row(q, static_cast<uint8_t*>(p.y) + row * (p.cols / 2), p.cols);
+  }
 }
 
 }  // namespace
 
-// scratch: cols floats rounded up to a multiple of 16.
-void rmsnorm_quantize_rows(const RmsnormQuantizeRows& p, int64_t row_begin, int64_t row_end,
-                           float* scratch) {
+// scratch: 2 * round_up(cols, 16) floats and cols bytes.
+void rmsnorm_rows(const RmsnormRows& p, int64_t row_begin, int64_t row_end, float* scratch) {
   const int64_t padded = (p.cols + kSumLanes - 1) / kSumLanes * kSumLanes;
   for (int64_t c = p.cols; c < padded; ++c) scratch[c] = 0.0f;
+  float* const normalized = scratch + padded;
+  int8_t* const levels = reinterpret_cast<int8_t*>(normalized + padded);
   // float32 rows of a whole number of lanes are read where they are.
   const bool in_place = p.x_type == FloatType::kFloat32 && padded == p.cols;
   for (int64_t row = row_begin; row < row_end; ++row) {
-    const float* x = scratch;
-    if (in_place) {
-      x = static_cast<const float*>(p.x) + row * p.x_stride;
-    } else {
-      with_float_type(p.x_type, p.x,
-                      [&](auto* from) { load_row(from + row * p.x_stride, scratch, p.cols); });
-    }
-    const double mean = sum_of_squares(x, padded) / static_cast<double>(p.cols);
-    const float rstd = static_cast<float>(1.0 / __builtin_sqrt(mean + p.eps));
-    int8_t* q = p.q + row * p.cols;
-    if (!p.weight) {
-      normalize_quantize(x, rstd, q, p.cols, p.quantizer);
-    } else {
+    with_float_type(p.x_type, p.x, [&](auto* typed) {
+      using T = std::remove_cv_t<std::remove_pointer_t<decltype(typed)>>;
+      const T* from = typed + row * p.x_stride;
+      if (p.residual) {
+        T* residual = static_cast<T*>(p.residual) + row * p.residual_stride;
+        add_row(residual, from, p.cols);
+        from = residual;
+      }
+      const float* x = scratch;
+      if (in_place) {
+        x = reinterpret_cast<const float*>(from);
+      } else {
+        load_row(from, scratch, p.cols);
+      }
+      const double mean = sum_of_squares(x, padded) / static_cast<double>(p.cols);
+      const float rstd = static_cast<float>(1.0 / __builtin_sqrt(mean + p.eps));
+      if (!p.weight) {
+        finish_row(
+            p, row, from, normalized, levels,
+            [=](auto use) PQ_INLINE_LAMBDA { normalize(x, rstd, p.cols, use); },
+            [=](int8_t* q)
+                PQ_INLINE_LAMBDA { normalize_quantize(x, rstd, q, p.cols, p.quantizer); });
+        return;
+      }
       with_float_type(p.weight_type, p.weight, [&](auto* weight) {
-        normalize_quantize(x, weight, rstd, q, p.cols, p.quantizer);
+        finish_row(
+            p, row, from, normalized, levels,
+            [=](auto use) PQ_INLINE_LAMBDA { normalize(x, weight, rstd, p.cols, use); },
+            [=](int8_t* q)
+                PQ_INLINE_LAMBDA { normalize_quantize(x, weight, rstd, q, p.cols, p.quantizer); });
       });
-    }
+    });
   }
 }
 

@@ -7,6 +7,15 @@ from torch import Tensor
 __version__: str
 with_cuda: bool
 
+def add_rmsnorm_quantize(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    scale: Tensor,
+    bits: int,
+    q: Tensor,
+) -> None: ...
 def available_isas() -> list[str]: ...
 def current_isa() -> str: ...
 def gemm_w4(
@@ -74,7 +83,9 @@ def outlier_scan(
 def pack_int4(q: Tensor, packed: Tensor) -> None: ...
 def prepack_w4(weight_packed: Tensor, prepacked: Tensor) -> None: ...
 def prepack_w8(weight: Tensor, prepacked: Tensor) -> None: ...
+def quantize_dynamic(x: Tensor, bits: int, q: Tensor, scale: Tensor) -> None: ...
 def quantize_static(x: Tensor, scale: Tensor, bits: int, q: Tensor) -> None: ...
+def rmsnorm(x: Tensor, weight: Tensor | None, eps: float, y: Tensor) -> None: ...
 def rmsnorm_quantize(
     x: Tensor,
     weight: Tensor | None,
@@ -82,6 +93,14 @@ def rmsnorm_quantize(
     scale: Tensor,
     bits: int,
     q: Tensor,
+) -> None: ...
+def rmsnorm_quantize_dynamic(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    bits: int,
+    q: Tensor,
+    scale: Tensor,
 ) -> None: ...
 def set_isa(name: str) -> None: ...
 def swiglu_hadamard_quantize(
@@ -92,6 +111,15 @@ def swiglu_hadamard_quantize(
     scale: Tensor,
     bits: int,
     q: Tensor,
+) -> None: ...
+def swiglu_hadamard_quantize_dynamic(
+    gate: Tensor,
+    up: Tensor,
+    signs: Tensor | None,
+    block_size: int,
+    bits: int,
+    q: Tensor,
+    scale: Tensor,
 ) -> None: ...
 def unpack_int4(packed: Tensor, q: Tensor) -> None: ...
 def unprepack_w4(prepacked: Tensor, weight_packed: Tensor) -> None: ...

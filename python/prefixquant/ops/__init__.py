@@ -12,15 +12,27 @@ from prefixquant.ops.gemm import (
     unprepack_w8,
 )
 from prefixquant.ops.gemm_fused import gemm_fused
-from prefixquant.ops.hadamard import hadamard, hadamard_quantize, swiglu_hadamard_quantize
+from prefixquant.ops.hadamard import (
+    hadamard,
+    hadamard_quantize,
+    swiglu_hadamard_quantize,
+    swiglu_hadamard_quantize_dynamic,
+)
 from prefixquant.ops.kv_attention import kv_attention
 from prefixquant.ops.kv_quant import kv_append, kv_dequantize, kv_quantize
 from prefixquant.ops.outlier_scan import outlier_scan
 from prefixquant.ops.pack_int4 import pack_int4, unpack_int4
 from prefixquant.ops.quantize import quantize_static
-from prefixquant.ops.rmsnorm_quant import rmsnorm_quantize
+from prefixquant.ops.quantize_dynamic import quantize_dynamic
+from prefixquant.ops.rmsnorm_quant import (
+    add_rmsnorm_quantize,
+    rmsnorm,
+    rmsnorm_quantize,
+    rmsnorm_quantize_dynamic,
+)
 
 __all__ = [
+    "add_rmsnorm_quantize",
     "gemm_fused",
     "gemm_w4a4",
     "gemm_w4a8",
@@ -35,9 +47,13 @@ __all__ = [
     "pack_int4",
     "prepack_w4",
     "prepack_w8",
+    "quantize_dynamic",
     "quantize_static",
+    "rmsnorm",
     "rmsnorm_quantize",
+    "rmsnorm_quantize_dynamic",
     "swiglu_hadamard_quantize",
+    "swiglu_hadamard_quantize_dynamic",
     "unpack_int4",
     "unprepack_w4",
     "unprepack_w8",

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small helpers of the row-wise operations."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,3 +32,15 @@ def as_rows(x: Tensor) -> Tensor:
 def new_int8(x: Tensor) -> Tensor:
     """An uninitialised, contiguous int8 tensor of x's shape."""
     return torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
+
+
+def new_levels(x: Tensor, packed: bool) -> Tensor:
+    """Room for the levels of x: int8 of its shape, or packed uint8 [..., C/2]."""
+    if not packed or x.dim() == 0:
+        return new_int8(x)
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8)
+
+
+def new_row_scales(x: Tensor) -> Tensor:
+    """Room for the scale of every row: float32 [rows]."""
+    return x.new_empty((math.prod(x.shape[:-1]),), dtype=torch.float32)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from prefixquant import _C
 from prefixquant.ops._library import define
-from prefixquant.ops._rows import as_rows, new_int8
+from prefixquant.ops._rows import as_rows, new_int8, new_row_scales
 
 
 def _hadamard_cpu(x: Tensor, signs: Tensor | None, block_size: int) -> Tensor:
@@ -41,6 +41,22 @@ def _swiglu_hadamard_quantize_cpu(
     return q
 
 
+def _swiglu_hadamard_quantize_dynamic_cpu(
+    gate: Tensor, up: Tensor, signs: Tensor | None, block_size: int, bits: int
+) -> tuple[Tensor, Tensor]:
+    q, scale = new_int8(gate), new_row_scales(gate)
+    _C.swiglu_hadamard_quantize_dynamic(
+        gate=as_rows(gate),
+        up=as_rows(up),
+        signs=signs,
+        block_size=block_size,
+        bits=bits,
+        q=q,
+        scale=scale,
+    )
+    return q, scale
+
+
 _hadamard = define(
     "hadamard(Tensor x, Tensor? signs, int block_size) -> Tensor",
     fake=lambda x, signs, block_size: x.new_empty(x.shape),
@@ -57,13 +73,21 @@ _swiglu_hadamard_quantize = define(
     fake=lambda gate, up, signs, block_size, scale, bits: new_int8(gate),
     cpu=_swiglu_hadamard_quantize_cpu,
 )
+_swiglu_hadamard_quantize_dynamic = define(
+    "swiglu_hadamard_quantize_dynamic(Tensor gate, Tensor up, Tensor? signs, int block_size, "
+    "int bits) -> (Tensor q, Tensor scale)",
+    fake=lambda gate, up, signs, block_size, bits: (new_int8(gate), new_row_scales(gate)),
+    cpu=_swiglu_hadamard_quantize_dynamic_cpu,
+)
 
 
 def hadamard(x: Tensor, signs: Tensor | None, block_size: int) -> Tensor:
     """``y = (H_k (x) H_{2^m}) x / sqrt(2^m k)`` on each block of 2^m k in the last dimension.
 
     A block is read as [k, 2^m]: float32 butterflies over the 2^m part with distances 1, 2, 4, ...,
-    then the sum over j = 0..k-1 of ``signs[i, j] * x[j, :]``, then one multiplication.
+    then for each i the sum over j = 0..k-1 of ``t_j = signs[i, j] * x[j, :]``, added as
+    ``(t_0 + t_1) + (t_2 + t_3)`` in groups of four and the groups from left to right, then one
+    multiplication.
     `prefixquant.hadamard.split_size` gives k and `hadamard_signs` the signs.
 
     Args:
@@ -120,3 +144,21 @@ def swiglu_hadamard_quantize(
         ValueError: a wrong dtype, rank, size, sign or ``bits``.
     """
     return _swiglu_hadamard_quantize(gate, up, signs, block_size, scale, bits)
+
+
+def swiglu_hadamard_quantize_dynamic(
+    gate: Tensor, up: Tensor, signs: Tensor | None, block_size: int, bits: int
+) -> tuple[Tensor, Tensor]:
+    """``quantize_dynamic(hadamard(silu(gate) * up))``, all in float32, one scale a row.
+
+    Args:
+        gate, up, signs, block_size: as for `swiglu_hadamard_quantize`.
+        bits: 2 to 8.
+
+    Returns:
+        q int8, the shape of gate, contiguous; scale float32 [rows], rows = gate.numel() / C.
+
+    Raises:
+        ValueError: a wrong dtype, rank, size, sign or ``bits``.
+    """
+    return _swiglu_hadamard_quantize_dynamic(gate, up, signs, block_size, bits)

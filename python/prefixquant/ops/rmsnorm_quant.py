@@ -1,30 +1,102 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RMSNorm fused with the static quantization of its output."""
+"""RMSNorm, alone or fused with the residual addition before it and the quantization after it."""
 
+import torch
 from torch import Tensor
 
 from prefixquant import _C
 from prefixquant.ops._library import define
-from prefixquant.ops._rows import as_rows, new_int8
+from prefixquant.ops._rows import as_rows, new_int8, new_levels, new_row_scales
+
+
+def _rmsnorm_cpu(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _C.rmsnorm(x=as_rows(x), weight=weight, eps=eps, y=y)
+    return y
 
 
 def _rmsnorm_quantize_cpu(
-    x: Tensor, weight: Tensor | None, eps: float, scale: Tensor, bits: int
+    x: Tensor, weight: Tensor | None, eps: float, scale: Tensor, bits: int, packed: bool = False
 ) -> Tensor:
-    q = new_int8(x)
+    q = new_levels(x, packed)
     _C.rmsnorm_quantize(x=as_rows(x), weight=weight, eps=eps, scale=scale, bits=bits, q=q)
     return q
 
 
+def _add_rmsnorm_quantize_cpu(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    scale: Tensor,
+    bits: int,
+    packed: bool = False,
+) -> Tensor:
+    q = new_levels(x, packed)
+    rows = as_rows(residual)
+    _C.add_rmsnorm_quantize(
+        residual=rows, x=as_rows(x), weight=weight, eps=eps, scale=scale, bits=bits, q=q
+    )
+    if rows is not residual:
+        residual.copy_(rows)
+    return q
+
+
+def _rmsnorm_quantize_dynamic_cpu(
+    x: Tensor, weight: Tensor | None, eps: float, bits: int
+) -> tuple[Tensor, Tensor]:
+    q, scale = new_int8(x), new_row_scales(x)
+    _C.rmsnorm_quantize_dynamic(x=as_rows(x), weight=weight, eps=eps, bits=bits, q=q, scale=scale)
+    return q, scale
+
+
+_rmsnorm = define(
+    "rmsnorm(Tensor x, Tensor? weight, float eps) -> Tensor",
+    fake=lambda x, weight, eps: x.new_empty(x.shape),
+    cpu=_rmsnorm_cpu,
+)
 _rmsnorm_quantize = define(
-    "rmsnorm_quantize(Tensor x, Tensor? weight, float eps, Tensor scale, int bits) -> Tensor",
-    fake=lambda x, weight, eps, scale, bits: new_int8(x),
+    "rmsnorm_quantize(Tensor x, Tensor? weight, float eps, Tensor scale, int bits, "
+    "bool packed=False) -> Tensor",
+    fake=lambda x, weight, eps, scale, bits, packed=False: new_levels(x, packed),
     cpu=_rmsnorm_quantize_cpu,
+)
+_add_rmsnorm_quantize = define(
+    "add_rmsnorm_quantize(Tensor(a!) residual, Tensor x, Tensor? weight, float eps, Tensor scale, "
+    "int bits, bool packed=False) -> Tensor",
+    fake=lambda residual, x, weight, eps, scale, bits, packed=False: new_levels(x, packed),
+    cpu=_add_rmsnorm_quantize_cpu,
+)
+_rmsnorm_quantize_dynamic = define(
+    "rmsnorm_quantize_dynamic(Tensor x, Tensor? weight, float eps, int bits) "
+    "-> (Tensor q, Tensor scale)",
+    fake=lambda x, weight, eps, bits: (new_int8(x), new_row_scales(x)),
+    cpu=_rmsnorm_quantize_dynamic_cpu,
 )
 
 
+def rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """``(x * rstd) * weight``, ``rstd = float32(1 / sqrt(mean(x^2) + eps))``.
+
+    The mean and rstd are taken in float64, the two products in float32, each rounded, and the
+    result is rounded once to the dtype of x.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., C], any strides.
+        weight: floating [C], contiguous, or None where it is folded into the next linear.
+        eps: 0 or more.
+
+    Returns:
+        The dtype and shape of x, contiguous.
+
+    Raises:
+        ValueError: a wrong dtype, rank, size or ``eps``.
+    """
+    return _rmsnorm(x, weight, eps)
+
+
 def rmsnorm_quantize(
-    x: Tensor, weight: Tensor | None, eps: float, scale: Tensor, bits: int
+    x: Tensor, weight: Tensor | None, eps: float, scale: Tensor, bits: int, packed: bool = False
 ) -> Tensor:
     """``quantize_static((x * rstd) * weight)``, ``rstd = float32(1 / sqrt(mean(x^2) + eps))``.
 
@@ -36,11 +108,55 @@ def rmsnorm_quantize(
         eps: 0 or more.
         scale: float32 [] (no dimension), above 0.
         bits: 2 to 8.
+        packed: two values a byte, as `pack_int4`; needs an even C and at most 4 bits.
 
     Returns:
-        int8, the shape of x, contiguous.
+        int8, the shape of x, contiguous; packed uint8 [..., C/2].
 
     Raises:
         ValueError: a wrong dtype, rank, size, ``eps`` or ``bits``.
     """
-    return _rmsnorm_quantize(x, weight, eps, scale, bits)
+    return _rmsnorm_quantize(x, weight, eps, scale, bits, packed)
+
+
+def add_rmsnorm_quantize(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    scale: Tensor,
+    bits: int,
+    packed: bool = False,
+) -> Tensor:
+    """``residual += x``, rounded to its dtype, then ``rmsnorm_quantize(residual, ...)``.
+
+    Args:
+        residual: float32, bfloat16 or float16 [..., C], any strides; written in place.
+        x: the dtype and shape of residual, any strides.
+        weight, eps, scale, bits, packed: as for `rmsnorm_quantize`.
+
+    Returns:
+        As `rmsnorm_quantize`.
+
+    Raises:
+        ValueError: a wrong dtype, rank, size, ``eps`` or ``bits``.
+    """
+    return _add_rmsnorm_quantize(residual, x, weight, eps, scale, bits, packed)
+
+
+def rmsnorm_quantize_dynamic(
+    x: Tensor, weight: Tensor | None, eps: float, bits: int
+) -> tuple[Tensor, Tensor]:
+    """``quantize_dynamic((x * rstd) * weight)``, the norm in float32 and not rounded in between.
+
+    Args:
+        x, weight, eps: as for `rmsnorm_quantize`.
+        bits: 2 to 8.
+
+    Returns:
+        q int8, the shape of x, contiguous; scale float32 [rows], rows = x.numel() / C.
+
+    Raises:
+        ValueError: a wrong dtype, rank, size, ``eps`` or ``bits``.
+    """
+    return _rmsnorm_quantize_dynamic(x, weight, eps, bits)

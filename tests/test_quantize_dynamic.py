@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""quantize_dynamic against the reference, bit for bit."""
+
+import pytest
+import reference
+import torch
+from cases import COLUMN_COUNTS, FLOAT_DTYPES, ROW_COUNTS, outlier_rows, poisoned, strided
+from compare import assert_bits_equal
+from prefixquant.ops import quantize_dynamic
+
+
+def check(x, bits):
+    q, scale = quantize_dynamic(x, bits)
+    expected_q, expected_scale = reference.quantize_dynamic(x, bits)
+    assert_bits_equal(scale, expected_scale, "scale")
+    assert_bits_equal(q, expected_q, "q")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_bits(isa, dtype, bits):
+    check(outlier_rows(17, 576, dtype), bits)
+
+
+@pytest.mark.parametrize("rows", ROW_COUNTS)
+@pytest.mark.parametrize("columns", COLUMN_COUNTS)
+def test_shapes(isa, rows, columns):
+    for dtype in FLOAT_DTYPES:
+        check(outlier_rows(rows, columns, dtype), 4)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_strided(isa, dtype):
+    x = outlier_rows(17, 137, dtype)
+    for view in (strided(x), x.T, x[::2], x[:, ::3], x[3], x.view(17, 1, 137), strided(x)[None]):
+        check(view, 8)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_not_a_number_and_infinity_stay_in_their_rows(isa, dtype):
+    x = poisoned(17, 64, dtype)
+    check(x, 8)
+    finite = x.isfinite().all(-1)
+    assert finite.any()
+    assert not finite.all()
+    q, scale = quantize_dynamic(x, 8)
+    assert_bits_equal(q[finite], quantize_dynamic(x[finite], 8)[0])
+    assert (q[~finite] == 0).all()
+    assert not scale[~finite].isfinite().any()
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-45, 1e-40, 1e-30, 1e38])
+def test_extreme_magnitudes(isa, factor):
+    x = (torch.rand(5, 64) - 0.5) * factor
+    x[2] = 0.0
+    check(x, 8)
+    assert quantize_dynamic(x, 8)[1][2] == 1.0
+
+
+def test_the_largest_value_takes_the_largest_level():
+    x = torch.randn(137, 576)
+    q, scale = quantize_dynamic(x, 8)
+    assert (q.abs().amax(-1) == 127).all()
+    assert ((q * scale[:, None] - x).abs() <= 0.5001 * scale[:, None]).all()
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_opcheck(dtype):
+    args = (torch.randn(3, 16, dtype=dtype), 4)
+    torch.library.opcheck(torch.ops.prefixquant.quantize_dynamic.default, args)
