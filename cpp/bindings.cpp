@@ -9,6 +9,7 @@ namespace py = pybind11;
 namespace pq = prefixquant;
 using py::arg;
 
+void bind_cache(py::module_& m);  // bindings_cache.cpp
 #ifdef PREFIXQUANT_WITH_CUDA
 void bind_cuda(py::module_& m);  // bindings_cuda.cpp
 #endif
@@ -24,6 +25,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("current_isa", [] { return pq::isa_name(pq::current_isa()); });
   m.def("available_isas", &pq::available_isas);
   m.def("set_isa", &pq::set_isa, arg("name"));
+
+  bind_cache(m);
 
   const auto nogil = py::call_guard<py::gil_scoped_release>();
   m.def("pack_int4", &pq::pack_int4, arg("q"), arg("packed"), nogil);

@@ -119,8 +119,8 @@ void kv_attention(const TensorView& q, const TensorView& k, const TensorView& v,
 
   p.q = q.ptr;
   p.q_type = float_type(q.dtype);
-  p.k = k.data<uint8_t>();
-  p.v = v.data<uint8_t>();
+  p.k = k.ptr;
+  p.v = v.ptr;
   for (int i = 0; i < 3; ++i) {
     p.q_strides[i] = q.stride(i);
     p.k_strides[i] = k.stride(i);

@@ -64,6 +64,30 @@ void kv_append(const TensorView& x, const TensorView& scale, int64_t bits,
                int64_t position);
 void kv_dequantize(const TensorView& q, const TensorView& scale, int64_t bits, const TensorView& y);
 
+// rope_kv_append.cpp
+void rope_kv_append(const TensorView& qkv, const TensorView& cos, const TensorView& sin,
+                    const TensorView& positions, const OptionalTensor& q_norm,
+                    const OptionalTensor& k_norm, double eps, const OptionalTensor& signs,
+                    int64_t rotation_size, const OptionalTensor& k_scale,
+                    const OptionalTensor& v_scale, int64_t kv_bits, const TensorView& k_cache,
+                    const TensorView& v_cache, const TensorView& slots, int64_t heads,
+                    const TensorView& q);
+
+// kv_cache_attention.cpp
+void kv_decode_attention(const TensorView& q, const TensorView& k_cache,
+                         const TensorView& v_cache, const OptionalTensor& k_scale,
+                         const OptionalTensor& v_scale, const TensorView& prefix_k,
+                         const TensorView& prefix_v, const TensorView& lengths,
+                         const OptionalTensor& block_table, int64_t kv_bits, int64_t max_length,
+                         double scaling, const OptionalTensor& output_scale, int64_t output_bits,
+                         const TensorView& out);
+void kv_prefill_attention(const TensorView& q, const TensorView& k_cache,
+                          const TensorView& v_cache, const OptionalTensor& k_scale,
+                          const OptionalTensor& v_scale, const TensorView& prefix_k,
+                          const TensorView& prefix_v, int64_t kv_bits,
+                          int64_t start, double scaling, int64_t sequence,
+                          const OptionalTensor& block_table, const TensorView& out);
+
 // kv_attention.cpp
 void kv_attention(const TensorView& q, const TensorView& k, const TensorView& v,
                   const TensorView& k_scale, const TensorView& v_scale, const TensorView& prefix_k,

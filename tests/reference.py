@@ -257,3 +257,93 @@ def kv_attention(
     logits = logits.masked_fill(~torch.cat((seen, mask), dim=-1), -math.inf)
     weights = torch.softmax(logits, dim=-1).nan_to_num(0.0)  # NaN: a row that attends nothing
     return (weights @ values).transpose(1, 2)
+
+
+# ---- rope, cache of slots, attention over it ----
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, H, D] float32, cos and sin [T, D]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    mean = x.double().square().sum(-1, keepdim=True) / x.shape[-1]
+    return x.float() * (1.0 / (mean + eps).sqrt()).float() * weight.float()
+
+
+def rope_kv_append(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    signs: Tensor | None,
+    rotation_size: int,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    kv_bits: int,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    heads: int,
+) -> Tensor:
+    """q; writes to the caches."""
+    kv_heads, page_size = k_cache.shape[1:3]
+    dim = k_cache.shape[3] * (2 if kv_bits == 4 else 1)
+    q, k, v = (
+        t.view(-1, h, dim)
+        for t, h in zip(
+            qkv.float().split([heads * dim, kv_heads * dim, kv_heads * dim], dim=1),
+            (heads, kv_heads, kv_heads),
+            strict=True,
+        )
+    )
+    if q_norm is not None:
+        q, k = head_norm(q, q_norm, eps), head_norm(k, k_norm, eps)
+    q, k = (rope(x, cos[positions.long()], sin[positions.long()]) for x in (q, k))
+    if rotation_size > 1:
+        q, k = (hadamard_float32(x, signs, rotation_size) for x in (q, k))
+    for x, scale, cache in ((k, k_scale, k_cache), (v, v_scale, v_cache)):
+        if kv_bits == 16:
+            rows = x.to(cache.dtype)
+        else:
+            rows = kv_quantize(x[:, :, None], scale, kv_bits)[:, :, 0]
+        for row, slot in zip(rows, slots.tolist(), strict=True):
+            if slot >= 0:
+                cache[slot // page_size, :, slot % page_size] = row
+    return q.to(qkv.dtype)
+
+
+def cached_rows(
+    cache: Tensor, scale: Tensor | None, kv_bits: int, pages: list[int], length: int
+) -> Tensor:
+    """The first ``length`` rows of a sequence that lies in ``pages``: [Hkv, length, D] float64."""
+    rows = torch.cat([cache[0, :, :0], *(cache[page] for page in pages)], dim=1)[:, :length]
+    if kv_bits == 16:
+        return rows.double()
+    values = unpack_int4(rows) if kv_bits == 4 else rows
+    return values.double() * scale.double()[:, None, None]
+
+
+def prefix_attention(
+    q: Tensor, keys: Tensor, values: Tensor, prefix_k: Tensor, prefix_v: Tensor, scaling: float
+) -> Tensor:
+    """q [T, Hq, D], the last T tokens of keys [Hkv, S, D], in the dtype of keys -> [T, Hq * D]."""
+    dtype, tokens, total = keys.dtype, q.shape[0], keys.shape[1]
+    group = q.shape[1] // keys.shape[0]
+    keys, values = (
+        torch.cat((prefix.to(dtype), rows), dim=1).repeat_interleave(group, dim=0)
+        for prefix, rows in ((prefix_k, keys), (prefix_v, values))
+    )
+    if keys.shape[1] == 0:
+        return torch.zeros(tokens, q.shape[1] * q.shape[2], dtype=dtype)
+    logits = q.to(dtype).transpose(0, 1) @ keys.transpose(-1, -2) * scaling
+    mask = torch.ones(tokens, keys.shape[1], dtype=torch.bool).tril(
+        prefix_k.shape[1] + total - tokens
+    )
+    weights = logits.masked_fill(~mask, -math.inf).softmax(-1)
+    return (weights @ values).transpose(0, 1).flatten(1)

@@ -10,182 +10,21 @@
 // A row r is one (token, query head of the group); a task is one KV head of one sequence and up to
 // kMaxRows of its rows. It walks the keys in blocks of kBlock tokens: unpack K transposed and V
 // into float panels that stay in L1/L2, then scores, online softmax, weighted sum. A block is
-// unpacked once for all rows of the task.
-//
-//   K panel [dim, kBlock]: lanes are tokens, so that a score needs no sum across lanes.
-//   V panel [kBlock, width]: lanes are channels. For 4 bits the even channels come first, then,
-//   from half_width on, the odd ones: low and high nibbles are never interleaved, only the final
-//   output is.
-#include "../kv_attention_params.h"
-
+// unpacked once for all rows of the task. The panels are kv_panels.h's.
 #include <omp.h>
 
-#include "../gemm_params.h"
+#include <type_traits>
+
 #include "exp.h"
-#include "isa_namespace.h"
-#include "simd.h"
+#include "kv_panels.h"
+#include "quantize.h"
 
 PQ_ISA_NAMESPACE_BEGIN
-
-using FloatV = Floats<kLanes>;
-using IntV = Ints<kLanes>;
-
-constexpr int64_t kBlock = 32;    // tokens of a key block
-constexpr int64_t kMaxRows = 64;  // rows of a task
-constexpr int64_t kBlockVectors = kBlock / kLanes;
-constexpr int kTileRows = 4;  // rows sharing the loads of a panel
-constexpr float kMinusInfinity = -__builtin_inff();
-
-PQ_INLINE int64_t round_up_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
-PQ_INLINE FloatV broadcast(float v) { return v - FloatV{}; }
-
-template <typename T>
-struct RemoveConst;
-template <typename T>
-struct RemoveConst<const T*> {
-  using type = T;
-};
 
 // exp(x) for x <= 0, zero below -87: a masked logit must not pay for subnormal arithmetic.
 PQ_INLINE FloatV exp_negative(FloatV x) {
   const FloatV e = exp_lanes(x > -87.0f ? x : broadcast(-87.0f));
   return x > -87.0f ? e : FloatV{};
-}
-
-// The buffers of one task, in one piece of thread scratch.
-struct Workspace {
-  float* q;         // [kMaxRows, dim], times scaling
-  float* out;       // [kMaxRows, width], not yet divided by total
-  float* k_panel;   // [dim, kBlock]
-  float* v_panel;   // [kBlock, width]
-  float* score;     // [kMaxRows, kBlock]: logits, then probabilities
-  float* top;       // [kMaxRows]: greatest logit so far
-  float* total;     // [kMaxRows]: sum of exp(logit - top)
-  float* row;       // [dim]: one row on its way in or out
-  uint32_t* words;  // [words of a K row, kBlock]
-  int64_t half_width;
-  int64_t width;
-
-  Workspace(int64_t dim, int bits) {
-    half_width = bits == 4 ? round_up_lanes(dim / 2) : 0;
-    width = bits == 4 ? 2 * half_width : round_up_lanes(dim);
-    const int64_t word_count = (dim * bits / 8 + 3) / 4;
-    const int64_t sizes[] = {kMaxRows * dim,     kMaxRows * width, dim * kBlock, kBlock * width,
-                             kMaxRows * kBlock,  kMaxRows,         kMaxRows,     dim,
-                             word_count * kBlock};
-    int64_t total_floats = 0;
-    for (int64_t size : sizes) total_floats += (size + 15) / 16 * 16;
-    float* at = static_cast<float*>(thread_scratch(ScratchSlot::kPanel, total_floats * 4));
-    float** fields[] = {&q, &out, &k_panel, &v_panel, &score, &top, &total, &row};
-    for (int i = 0; i < 8; ++i) {
-      *fields[i] = at;
-      at += (sizes[i] + 15) / 16 * 16;
-    }
-    words = reinterpret_cast<uint32_t*>(at);
-  }
-
-  // Where channel d lies in a row of v_panel and out.
-  int64_t column(int64_t d) const { return half_width ? d % 2 * half_width + d / 2 : d; }
-};
-
-// ---- unpacking ----
-
-// K of `count` cached tokens -> k_panel; the columns of missing tokens are zero. Every 32-bit word
-// of a row (8 or 4 channels) is first laid beside the same word of the other tokens.
-template <int BITS>
-static void unpack_k(const uint8_t* k, int64_t stride, int64_t count, int64_t dim, Workspace& w) {
-  constexpr int kPerWord = 32 / BITS;
-  const int64_t bytes = dim * BITS / 8;
-  const int64_t whole = bytes / 4;
-  for (int64_t t = 0; t < count; ++t) {
-    const uint8_t* row = k + t * stride;
-    for (int64_t j = 0; j < whole; ++j) w.words[j * kBlock + t] = load<uint32_t>(row + 4 * j);
-    if (bytes % 4) {
-      uint32_t last = 0;
-      __builtin_memcpy(&last, row + 4 * whole, bytes % 4);
-      w.words[whole * kBlock + t] = last;
-    }
-  }
-  for (int64_t t = count; t < kBlock; ++t) {
-    for (int64_t j = 0; j < (bytes + 3) / 4; ++j) w.words[j * kBlock + t] = 0;
-  }
-  for (int64_t d0 = 0; d0 < dim; d0 += kPerWord) {
-    for (int64_t i = 0; i < kBlockVectors; ++i) {
-      const IntV word = load<IntV>(w.words + d0 / kPerWord * kBlock + i * kLanes);
-      for (int c = 0; c < kPerWord && d0 + c < dim; ++c) {
-        const IntV value =
-            word << (32 - BITS - BITS * c) >> (32 - BITS);  // up, then down with sign
-        store(w.k_panel + (d0 + c) * kBlock + i * kLanes, __builtin_convertvector(value, FloatV));
-      }
-    }
-  }
-}
-
-// kLanes signed bytes, widened. (GCC 12 turns the vector conversion into one insertion a lane.)
-PQ_INLINE IntV load_bytes(const uint8_t* from) {
-#if defined(PQ_ISA_avx512) || defined(PQ_ISA_amx)
-  return (IntV)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from));
-#elif defined(PQ_ISA_avx2)
-  return (IntV)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
-#else
-  return __builtin_convertvector(load<Bytes<kLanes> >(from), IntV);
-#endif
-}
-
-template <int BITS>
-PQ_INLINE void unpack_v_lanes(const uint8_t* from, float* to, int64_t half_width) {
-  const IntV wide = load_bytes(from);
-  if constexpr (BITS == 4) {
-    store(to, __builtin_convertvector(wide << 28 >> 28, FloatV));
-    store(to + half_width, __builtin_convertvector(wide >> 4, FloatV));
-  } else {
-    store(to, __builtin_convertvector(wide, FloatV));
-  }
-}
-
-// V of `count` cached tokens -> v_panel; rows of missing tokens are never read afterwards.
-template <int BITS>
-static void unpack_v(const uint8_t* v, int64_t stride, int64_t count, int64_t dim, Workspace& w) {
-  const int64_t bytes = dim * BITS / 8;
-  for (int64_t t = 0; t < count; ++t) {
-    const uint8_t* row = v + t * stride;
-    float* to = w.v_panel + t * w.width;
-    int64_t c = 0;
-    for (; c + kLanes <= bytes; c += kLanes) {
-      unpack_v_lanes<BITS>(row + c, to + c, w.half_width);
-    }
-    if (c < bytes) {
-      uint8_t padded[kLanes] = {};
-      __builtin_memcpy(padded, row + c, bytes - c);
-      unpack_v_lanes<BITS>(padded, to + c, w.half_width);
-    }
-  }
-}
-
-// Prefix tokens -> both panels. A handful of tokens: clarity before speed.
-static void unpack_prefix(const KvAttentionParams& p, int64_t head, int64_t first, int64_t count,
-                          Workspace& w) {
-  float* row = w.row;
-  const auto convert_row = [&](const void* from, int64_t token) {
-    const int64_t at = (head * p.prefix + token) * p.dim;
-    with_float_type(p.prefix_type, from, [&](const auto* data) {
-      int64_t c = 0;
-      for (; c + kLanes <= p.dim; c += kLanes) store(row + c, load_float(data + at + c));
-      if (c == p.dim) return;
-      const FloatV last = load_float_tail(data + at + c, p.dim - c);
-      __builtin_memcpy(row + c, &last, (p.dim - c) * sizeof(float));
-    });
-  };
-  for (int64_t i = 0; i < p.dim * kBlock; ++i) w.k_panel[i] = 0.0f;
-  for (int64_t t = 0; t < count; ++t) {
-    convert_row(p.prefix_k, first + t);
-    for (int64_t d = 0; d < p.dim; ++d) w.k_panel[d * kBlock + t] = row[d];
-    convert_row(p.prefix_v, first + t);
-    float* to = w.v_panel + t * w.width;
-    for (int64_t c = 0; c < w.width; ++c) to[c] = 0.0f;
-    for (int64_t d = 0; d < p.dim; ++d) to[w.column(d)] = row[d];
-  }
 }
 
 // ---- arithmetic on the panels ----
@@ -289,50 +128,137 @@ static void score_block(Workspace& w, int64_t rows, int64_t dim, float factor) {
 
 // ---- one task ----
 
+// Keys of sequence `batch`.
+PQ_INLINE int64_t cached_keys(const KvAttentionParams& p, int64_t batch) {
+  return p.lengths ? p.lengths[batch] : p.cached;
+}
+
+// `count` rows of the cache from key `first` on, all in one page.
+struct KeyBlock {
+  int64_t first;
+  int64_t count;
+  int64_t page;
+  int64_t offset;  // in the page
+
+  KeyBlock(const KvAttentionParams& p, int64_t batch, int64_t first_key, int64_t end)
+      : first(first_key),
+        count(end - first_key < kBlock ? end - first_key : kBlock),
+        page(p.first_page + batch),
+        offset(first_key) {
+    if (!p.block_table) return;
+    page = p.block_table[batch * p.block_table_stride + first / p.page_size];
+    offset = first % p.page_size;
+    if (count > p.page_size - offset) count = p.page_size - offset;
+  }
+
+  int64_t at(const int64_t (&strides)[3], int64_t head) const {
+    return page * strides[0] + head * strides[1] + offset * strides[2];
+  }
+};
+
+template <int BITS>
+PQ_INLINE void unpack_keys(const KvAttentionParams& p, const KeyBlock& b, int64_t head,
+                           Workspace& w) {
+  const int64_t at = b.at(p.k_strides, head);
+  if constexpr (BITS == 16) {
+    with_float_type(p.cache_type, p.k, [&](const auto* k) {
+      unpack_float_k(k + at, p.k_strides[2], b.count, p.dim, w);
+    });
+  } else {
+    unpack_k<BITS>(static_cast<const uint8_t*>(p.k) + at, p.k_strides[2], b.count, p.dim, w);
+  }
+}
+
+template <int BITS>
+PQ_INLINE void unpack_values(const KvAttentionParams& p, const KeyBlock& b, int64_t head,
+                             Workspace& w) {
+  const int64_t at = b.at(p.v_strides, head);
+  if constexpr (BITS == 16) {
+    with_float_type(p.cache_type, p.v, [&](const auto* v) {
+      unpack_float_v(v + at, p.v_strides[2], b.count, p.dim, w);
+    });
+  } else {
+    unpack_v<BITS>(static_cast<const uint8_t*>(p.v) + at, p.v_strides[2], b.count, p.dim, w);
+  }
+}
+
 // Sets the logits of keys [first, first + count) that row (batch, token) may not attend to -inf,
 // and those past the end. Returns whether any may be attended.
-static bool apply_mask(const KvAttentionParams& p, int64_t batch, int64_t token, int64_t first,
-                       int64_t count, float* score) {
+static bool apply_mask(const KvAttentionParams& p, int64_t batch, int64_t token, const KeyBlock& b,
+                       float* score) {
   bool any = false;
   // Causal, aligned to the lower right: the last token sees the whole cache.
-  const int64_t last = p.mask ? p.cached : p.cached - p.tokens + token + 1;
+  const int64_t cached = cached_keys(p, batch);
+  const int64_t last = p.mask ? cached : cached - p.tokens + token + 1;
   const uint8_t* mask = p.mask ? p.mask + batch * p.mask_strides[0] + token * p.mask_strides[1] +
-                                     first * p.mask_strides[2]
+                                     b.first * p.mask_strides[2]
                                : nullptr;
   for (int64_t t = 0; t < kBlock; ++t) {
-    const bool attend = t < count && first + t < last && (!mask || mask[t * p.mask_strides[2]]);
+    const bool attend = t < b.count && b.first + t < last && (!mask || mask[t * p.mask_strides[2]]);
     if (!attend) score[t] = kMinusInfinity;
     any |= attend;
   }
   return any;
 }
 
-template <int BITS>
-static void attend_task(const KvAttentionParams& p, int64_t batch, int64_t head, int64_t row0,
-                        int64_t rows) {
-  Workspace w(p.dim, BITS);
+// Queries of the task -> w.q, times scaling; clears the sums.
+static void load_queries(const KvAttentionParams& p, int64_t batch, int64_t head, int64_t row0,
+                         int64_t rows, Workspace& w) {
   // Rows are (token, query head of the group), heads fastest.
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = (row0 + r) / p.group, query_head = head * p.group + (row0 + r) % p.group;
+    float* to = w.q + r * p.dim;
     with_float_type(p.q_type, p.q, [&](const auto* q) {
-      const auto* from =
-          q + batch * p.q_strides[0] + query_head * p.q_strides[1] + token * p.q_strides[2];
-      float* to = w.q + r * p.dim;
-      int64_t c = 0;
-      for (; c + kLanes <= p.dim; c += kLanes) store(to + c, load_float(from + c) * p.scaling);
-      if (c < p.dim) {
-        const FloatV last = load_float_tail(from + c, p.dim - c) * p.scaling;
-        __builtin_memcpy(to + c, &last, (p.dim - c) * sizeof(float));
-      }
+      load_floats(q + batch * p.q_strides[0] + query_head * p.q_strides[1] + token * p.q_strides[2],
+                  to, p.dim);
     });
+    for (int64_t d = 0; d < p.dim; ++d) to[d] *= p.scaling;
     w.top[r] = kMinusInfinity;
     w.total[r] = 0.0f;
   }
   for (int64_t i = 0; i < rows * w.width; ++i) w.out[i] = 0.0f;
+}
+
+// `row` [dim] float32 -> to, rounded to the type of q, and from there to int8 where a scale is
+// given.
+template <typename T>
+static void store_output(const KvAttentionParams& p, float* row, int64_t at) {
+  T* to = p.output_quantized ? reinterpret_cast<T*>(row) : static_cast<T*>(p.out) + at;
+  int64_t c = 0;
+  // In place where it is quantized: a rounded lane is never wider than the float32 one it is from.
+  for (; c + kLanes <= p.dim; c += kLanes) store_float(to + c, load<FloatV>(row + c));
+  if (c < p.dim) store_float_tail(to + c, load_float_tail(row + c, p.dim - c), p.dim - c);
+  if (p.output_quantized) {
+    quantize_row(to, static_cast<int8_t*>(p.out) + at, p.dim, p.output_quantizer);
+  }
+}
+
+static void store_outputs(const KvAttentionParams& p, int64_t batch, int64_t head, int64_t row0,
+                          int64_t rows, const Workspace& w) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t token = (row0 + r) / p.group, query_head = head * p.group + (row0 + r) % p.group;
+    const float inverse = w.total[r] > 0.0f ? 1.0f / w.total[r] : 0.0f;  // nothing attended: zeros
+    for (int64_t d = 0; d < p.dim; ++d) w.row[d] = w.out[r * w.width + w.column(d)] * inverse;
+    const int64_t at = ((batch * p.tokens + token) * p.kv_heads * p.group + query_head) * p.dim;
+    with_float_type(p.q_type, p.q, [&](const auto* q) {
+      store_output<std::remove_cv_t<std::remove_pointer_t<decltype(q)>>>(p, w.row, at);
+    });
+  }
+}
+
+template <int BITS>
+static void attend_task(const KvAttentionParams& p, int64_t batch, int64_t head, int64_t row0,
+                        int64_t rows) {
+  Workspace w(p.dim, BITS);
+  load_queries(p, batch, head, row0, rows, w);
 
   for (int64_t first = 0; first < p.prefix; first += kBlock) {
     const int64_t count = p.prefix - first < kBlock ? p.prefix - first : kBlock;
-    unpack_prefix(p, head, first, count, w);
+    const int64_t at = (head * p.prefix + first) * p.dim;
+    with_float_type(p.prefix_type, p.prefix_k,
+                    [&](const auto* k) { unpack_float_k(k + at, p.dim, count, p.dim, w); });
+    with_float_type(p.prefix_type, p.prefix_v,
+                    [&](const auto* v) { unpack_float_v(v + at, p.dim, count, p.dim, w); });
     score_block(w, rows, p.dim, 1.0f);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t t = count; t < kBlock; ++t) w.score[r * kBlock + t] = kMinusInfinity;
@@ -340,58 +266,51 @@ static void attend_task(const KvAttentionParams& p, int64_t batch, int64_t head,
     attend_block(w, rows, count, 1.0f);
   }
 
-  const int64_t last_token = (row0 + rows - 1) / p.group;
-  const int64_t end = p.mask ? p.cached : p.cached - p.tokens + last_token + 1;
-  for (int64_t first = 0; first < end; first += kBlock) {
-    const int64_t count = end - first < kBlock ? end - first : kBlock;
-    unpack_k<BITS>(p.k + batch * p.k_strides[0] + head * p.k_strides[1] + first * p.k_strides[2],
-                   p.k_strides[2], count, p.dim, w);
-    score_block(w, rows, p.dim, p.k_scale[head]);
+  const float k_scale = BITS == 16 ? 1.0f : p.k_scale[head];
+  const float v_scale = BITS == 16 ? 1.0f : p.v_scale[head];
+  const int64_t last_token = (row0 + rows - 1) / p.group, cached = cached_keys(p, batch);
+  const int64_t end = p.mask ? cached : cached - p.tokens + last_token + 1;
+  for (int64_t first = 0; first < end;) {
+    const KeyBlock block(p, batch, first, end);
+    first += block.count;
+    unpack_keys<BITS>(p, block, head, w);
+    score_block(w, rows, p.dim, k_scale);
     bool any = false;
     for (int64_t r = 0; r < rows; ++r) {
-      any |= apply_mask(p, batch, (row0 + r) / p.group, first, count, w.score + r * kBlock);
+      any |= apply_mask(p, batch, (row0 + r) / p.group, block, w.score + r * kBlock);
     }
     if (!any) continue;
-    unpack_v<BITS>(p.v + batch * p.v_strides[0] + head * p.v_strides[1] + first * p.v_strides[2],
-                   p.v_strides[2], count, p.dim, w);
-    attend_block(w, rows, count, p.v_scale[head]);
+    unpack_values<BITS>(p, block, head, w);
+    attend_block(w, rows, block.count, v_scale);
   }
+  store_outputs(p, batch, head, row0, rows, w);
+}
 
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t token = (row0 + r) / p.group, query_head = head * p.group + (row0 + r) % p.group;
-    const float inverse = w.total[r] > 0.0f ? 1.0f / w.total[r] : 0.0f;  // nothing attended: zeros
-    float* row = w.row;
-    for (int64_t d = 0; d < p.dim; ++d) row[d] = w.out[r * w.width + w.column(d)] * inverse;
-    with_float_type(p.q_type, p.out, [&](const auto* out) {
-      using Out = typename RemoveConst<decltype(out)>::type;
-      Out* to = const_cast<Out*>(out) +
-                ((batch * p.tokens + token) * p.kv_heads * p.group + query_head) * p.dim;
-      int64_t c = 0;
-      for (; c + kLanes <= p.dim; c += kLanes) store_float(to + c, load<FloatV>(row + c));
-      if (c < p.dim) store_float_tail(to + c, load_float_tail(row + c, p.dim - c), p.dim - c);
-    });
+// Tasks are numbered sequence by sequence, head by head. Later rows attend more keys: they go
+// first, so that the threads end together.
+void kv_attention_task(const KvAttentionParams& p, int64_t task) {
+  const int64_t rows = p.tokens * p.group;
+  const int64_t row_tasks = (rows + kMaxRows - 1) / kMaxRows;
+  const int64_t row0 = (row_tasks - 1 - task % row_tasks) * kMaxRows;
+  const int64_t count = rows - row0 < kMaxRows ? rows - row0 : kMaxRows;
+  const int64_t head = task / row_tasks % p.kv_heads, batch = task / row_tasks / p.kv_heads;
+  if (p.bits == 4) {
+    attend_task<4>(p, batch, head, row0, count);
+  } else if (p.bits == 8) {
+    attend_task<8>(p, batch, head, row0, count);
+  } else {
+    attend_task<16>(p, batch, head, row0, count);
   }
 }
 
 void kv_attention_kernel(const KvAttentionParams& p) {
   const int64_t rows = p.tokens * p.group;
-  const int64_t row_tasks = (rows + kMaxRows - 1) / kMaxRows;
-  const int64_t tasks = p.batch * p.kv_heads * row_tasks;
+  const int64_t tasks = p.batch * p.kv_heads * ((rows + kMaxRows - 1) / kMaxRows);
   // Below some 100k multiply-adds a parallel region costs more than it saves.
   const bool parallel =
       tasks > 1 && p.batch * p.kv_heads * rows * p.dim * (p.cached + p.prefix) > 1 << 17;
 #pragma omp parallel for schedule(dynamic) num_threads(p.max_threads) if (parallel)
-  for (int64_t task = 0; task < tasks; ++task) {
-    // Later rows attend more keys: they go first, so that the threads end together.
-    const int64_t row0 = (row_tasks - 1 - task % row_tasks) * kMaxRows;
-    const int64_t count = rows - row0 < kMaxRows ? rows - row0 : kMaxRows;
-    const int64_t head = task / row_tasks % p.kv_heads, batch = task / row_tasks / p.kv_heads;
-    if (p.bits == 4) {
-      attend_task<4>(p, batch, head, row0, count);
-    } else {
-      attend_task<8>(p, batch, head, row0, count);
-    }
-  }
+  for (int64_t task = 0; task < tasks; ++task) kv_attention_task(p, task);
 }
 
 PQ_ISA_NAMESPACE_END

@@ -111,4 +111,33 @@ struct KvRows {
   FloatType y_type;
 };
 
+// One token a row: the projections of its query, key and value heads and where its key and value go.
+struct RopeKvRows {
+  const void* qkv;  // [rows, (heads + 2 * kv_heads) * dim]
+  FloatType type;
+  int64_t qkv_stride;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t dim;
+  const float* cos;  // [positions, dim] contiguous
+  const float* sin;
+  const int32_t* positions;  // [rows]
+  const void* q_norm;        // [dim] or null
+  const void* k_norm;
+  FloatType norm_type;
+  double eps;
+  HadamardParams rotation;  // of queries and keys, block = dim or 1
+  int kv_bits;              // 4: two values a byte, 8: int8, 16: floating
+  const float* k_scale;     // [kv_heads], not read at 16 bits
+  const float* v_scale;
+  void* k_cache;  // [pages, kv_heads, page_size, dim or dim / 2]
+  void* v_cache;
+  FloatType cache_type;  // at 16 bits
+  int64_t k_strides[3];
+  int64_t v_strides[3];
+  int64_t page_size;
+  const int64_t* slots;  // [rows]: page * page_size + row of the page, below 0: not written
+  void* q;               // [rows, heads, dim] contiguous, of `type`
+};
+
 }  // namespace prefixquant

@@ -2,44 +2,14 @@
 // y = (x * rstd) * weight, rstd = float32(1 / sqrt(mean(x^2) + eps)), then rounded to x's dtype or
 // quantized with a static scale or the row's own; before that, where asked for, x = residual + x,
 // rounded and written back to the residual.
-// The squares are summed in float64 in 16 lanes (lane = column mod 16) whatever the register width,
-// so every ISA adds in the same order.
 #include "quantize_dynamic.h"
 
 #include <type_traits>
 
+#include "sum_of_squares.h"
+
 PQ_ISA_NAMESPACE_BEGIN
 namespace {
-
-constexpr int kSumLanes = 16;
-constexpr int kHalf = kLanes / 2;  // as many float64 fit in a register
-using Doubles = VectorOf<double, kHalf>::type;
-
-// sum + v * v. The square of a float32 is exact in float64, so the fused form rounds alike.
-PQ_INLINE Doubles add_square(Doubles sum, Doubles v) {
-#if defined(__AVX512F__)
-  return (Doubles)_mm512_fmadd_pd((__m512d)v, (__m512d)v, (__m512d)sum);
-#else
-  return sum + v * v;
-#endif
-}
-
-// `x` is padded with zeros to a multiple of kSumLanes.
-double sum_of_squares(const float* x, int64_t padded) {
-  Doubles sum[kSumLanes / kHalf] = {};
-  for (int64_t c = 0; c < padded; c += kSumLanes) {
-    for (int i = 0; i < kSumLanes / kHalf; ++i) {
-      const auto v = __builtin_convertvector(load<Floats<kHalf>>(x + c + i * kHalf), Doubles);
-      sum[i] = add_square(sum[i], v);
-    }
-  }
-  double lanes[kSumLanes];
-  __builtin_memcpy(lanes, sum, sizeof(lanes));
-  for (int width = kSumLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
 
 // fn(c, n) for every piece of a row: n = kLanes except for the last, shorter one.
 template <typename Fn>

@@ -64,7 +64,39 @@ def kv_attention(
     scaling: float,
     out: Tensor,
 ) -> None: ...
+def kv_decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    lengths: Tensor,
+    block_table: Tensor | None,
+    kv_bits: int,
+    max_length: int,
+    scaling: float,
+    output_scale: Tensor | None,
+    output_bits: int,
+    out: Tensor,
+) -> None: ...
 def kv_dequantize(q: Tensor, scale: Tensor, bits: int, y: Tensor) -> None: ...
+def kv_prefill_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    kv_bits: int,
+    start: int,
+    scaling: float,
+    sequence: int,
+    block_table: Tensor | None,
+    out: Tensor,
+) -> None: ...
 def kv_quantize(
     x: Tensor,
     scale: Tensor,
@@ -94,6 +126,7 @@ def rmsnorm_quantize(
     bits: int,
     q: Tensor,
 ) -> None: ...
+<<<<<<< HEAD
 def rmsnorm_quantize_dynamic(
     x: Tensor,
     weight: Tensor | None,
@@ -101,6 +134,26 @@ def rmsnorm_quantize_dynamic(
     bits: int,
     q: Tensor,
     scale: Tensor,
+=======
+def rope_kv_append(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    signs: Tensor | None,
+    rotation_size: int,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    kv_bits: int,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    heads: int,
+    q: Tensor,
+>>>>>>> 7c13754 (rope_kv_append, kv_decode_attention, kv_prefill_attention: a cache of slots, contiguous or paged, 4 to 16 bits)
 ) -> None: ...
 def set_isa(name: str) -> None: ...
 def swiglu_hadamard_quantize(
