@@ -126,7 +126,6 @@ def rmsnorm_quantize(
     bits: int,
     q: Tensor,
 ) -> None: ...
-<<<<<<< HEAD
 def rmsnorm_quantize_dynamic(
     x: Tensor,
     weight: Tensor | None,
@@ -134,7 +133,7 @@ def rmsnorm_quantize_dynamic(
     bits: int,
     q: Tensor,
     scale: Tensor,
-=======
+) -> None: ...
 def rope_kv_append(
     qkv: Tensor,
     cos: Tensor,
@@ -153,7 +152,6 @@ def rope_kv_append(
     slots: Tensor,
     heads: int,
     q: Tensor,
->>>>>>> 7c13754 (rope_kv_append, kv_decode_attention, kv_prefill_attention: a cache of slots, contiguous or paged, 4 to 16 bits)
 ) -> None: ...
 def set_isa(name: str) -> None: ...
 def swiglu_hadamard_quantize(

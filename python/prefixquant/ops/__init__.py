@@ -25,7 +25,6 @@ from prefixquant.ops.kv_quant import kv_append, kv_dequantize, kv_quantize
 from prefixquant.ops.outlier_scan import outlier_scan
 from prefixquant.ops.pack_int4 import pack_int4, unpack_int4
 from prefixquant.ops.quantize import quantize_static
-<<<<<<< HEAD
 from prefixquant.ops.quantize_dynamic import quantize_dynamic
 from prefixquant.ops.rmsnorm_quant import (
     add_rmsnorm_quantize,
@@ -33,10 +32,7 @@ from prefixquant.ops.rmsnorm_quant import (
     rmsnorm_quantize,
     rmsnorm_quantize_dynamic,
 )
-=======
-from prefixquant.ops.rmsnorm_quant import rmsnorm_quantize
 from prefixquant.ops.rope_kv_append import rope_kv_append
->>>>>>> 7c13754 (rope_kv_append, kv_decode_attention, kv_prefill_attention: a cache of slots, contiguous or paged, 4 to 16 bits)
 
 __all__ = [
     "add_rmsnorm_quantize",
@@ -60,11 +56,8 @@ __all__ = [
     "quantize_static",
     "rmsnorm",
     "rmsnorm_quantize",
-<<<<<<< HEAD
     "rmsnorm_quantize_dynamic",
-=======
     "rope_kv_append",
->>>>>>> 7c13754 (rope_kv_append, kv_decode_attention, kv_prefill_attention: a cache of slots, contiguous or paged, 4 to 16 bits)
     "swiglu_hadamard_quantize",
     "swiglu_hadamard_quantize_dynamic",
     "unpack_int4",
