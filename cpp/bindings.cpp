@@ -40,7 +40,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("gemm_w8", &pq::gemm_w8, arg("x"), arg("weight"), arg("weight_scale"), arg("input_scale"),
         arg("bias"), arg("y"), nogil);
   m.def("quantize_static", &pq::quantize_static, arg("x"), arg("scale"), arg("bits"), arg("q"), nogil);
-  m.def("quantize_dynamic", &pq::quantize_dynamic, arg("x"), arg("bits"), arg("q"), arg("scale"), nogil);
+  m.def("quantize_dynamic", &pq::quantize_dynamic, arg("x"), arg("bits"), arg("clip"), arg("q"),
+        arg("scale"), nogil);
   m.def("rmsnorm", &pq::rmsnorm, arg("x"), arg("weight"), arg("eps"), arg("y"), nogil);
   m.def("add_rmsnorm_quantize", &pq::add_rmsnorm_quantize, arg("residual"), arg("x"), arg("weight"),
         arg("eps"), arg("scale"), arg("bits"), arg("q"), nogil);

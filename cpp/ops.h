@@ -27,7 +27,7 @@ void quantize_static(const TensorView& x, const TensorView& scale, int64_t bits,
                      const TensorView& q);
 
 // quantize_dynamic.cpp
-void quantize_dynamic(const TensorView& x, int64_t bits, const TensorView& q,
+void quantize_dynamic(const TensorView& x, int64_t bits, double clip, const TensorView& q,
                       const TensorView& scale);
 
 // rmsnorm_quant.cpp

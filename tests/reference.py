@@ -33,8 +33,8 @@ def quantize_static(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     return q.nan_to_num(nan=0.0).to(torch.int8)
 
 
-def quantize_dynamic(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    scale = x.float().abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+def quantize_dynamic(x: Tensor, bits: int, clip: float = 1.0) -> tuple[Tensor, Tensor]:
+    scale = (clip * x.float().abs().amax(-1, keepdim=True)) / (2 ** (bits - 1) - 1)
     scale = torch.where(scale == 0.0, 1.0, scale)
     return quantize_static(x, scale, bits), scale.flatten()
 

@@ -43,7 +43,7 @@ VALID = {
     "rmsnorm_quantize": {
         "x": f(2, 24), "weight": f(24), "eps": 1e-5, "scale": scalar(), "bits": 4,
     },
-    "quantize_dynamic": {"x": f(2, 24), "bits": 4},
+    "quantize_dynamic": {"x": f(2, 24), "bits": 4, "clip": 1.0},
     "rmsnorm": {"x": f(2, 24), "weight": f(24), "eps": 1e-5},
     "add_rmsnorm_quantize": {
         "residual": f(2, 24), "x": f(2, 24), "weight": f(24), "eps": 1e-5, "scale": scalar(),
@@ -84,6 +84,7 @@ WRONG = {
     ("unpack_int4", "packed"): {"dtype": i8(2, 24)},
     ("quantize_static", "x"): BAD_X,
     ("quantize_dynamic", "x"): BAD_X,
+    ("quantize_dynamic", "clip"): {"zero": 0.0, "negative": -1.0, "nan": float("nan")},
     ("add_rmsnorm_quantize", "residual"): {
         **BAD_X, "size": f(2, 23), "rows": f(3, 24), "half": f(2, 24).half(),
         "overlap": f(24).expand(2, 24),

@@ -9,9 +9,9 @@ from compare import assert_bits_equal
 from prefixquant.ops import quantize_dynamic
 
 
-def check(x, bits):
-    q, scale = quantize_dynamic(x, bits)
-    expected_q, expected_scale = reference.quantize_dynamic(x, bits)
+def check(x, bits, clip=1.0):
+    q, scale = quantize_dynamic(x, bits, clip)
+    expected_q, expected_scale = reference.quantize_dynamic(x, bits, clip)
     assert_bits_equal(scale, expected_scale, "scale")
     assert_bits_equal(q, expected_q, "q")
 
@@ -19,7 +19,8 @@ def check(x, bits):
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_bits(isa, dtype, bits):
-    check(outlier_rows(17, 576, dtype), bits)
+    for clip in (1.0, 0.7, 1.3):
+        check(outlier_rows(17, 576, dtype), bits, clip)
 
 
 @pytest.mark.parametrize("rows", ROW_COUNTS)

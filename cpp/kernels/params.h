@@ -70,6 +70,7 @@ struct QuantizeDynamicRows {
   float* row_scale;  // [rows]
   int64_t cols;
   QuantizerParams quantizer;  // its bounds; inv_scale is each row's own
+  float clip;                 // factor of the largest magnitude
 };
 
 struct HadamardRows {

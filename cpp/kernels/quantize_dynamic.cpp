@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// scale = max|x| / qmax of each row (1 where that is 0), q = clamp(rint(x * (1 / scale)), ...).
+// scale = clip * max|x| / qmax of each row (1 where that is 0), q = clamp(rint(x * (1 / scale)),
+// ...).
 #include "quantize_dynamic.h"
 
 PQ_ISA_NAMESPACE_BEGIN
@@ -7,8 +8,8 @@ PQ_ISA_NAMESPACE_BEGIN
 void quantize_dynamic_rows(const QuantizeDynamicRows& p, int64_t row_begin, int64_t row_end) {
   with_float_type(p.x_type, p.x, [&](auto* x) {
     for (int64_t row = row_begin; row < row_end; ++row) {
-      p.row_scale[row] =
-          quantize_row_dynamic(x + row * p.x_stride, p.q + row * p.cols, p.cols, p.quantizer);
+      p.row_scale[row] = quantize_row_dynamic(x + row * p.x_stride, p.q + row * p.cols, p.cols,
+                                              p.quantizer, p.clip);
     }
   });
 }

@@ -8,21 +8,21 @@ from prefixquant.ops._library import define
 from prefixquant.ops._rows import as_rows, new_int8, new_row_scales
 
 
-def _quantize_dynamic_cpu(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _quantize_dynamic_cpu(x: Tensor, bits: int, clip: float = 1.0) -> tuple[Tensor, Tensor]:
     q, scale = new_int8(x), new_row_scales(x)
-    _C.quantize_dynamic(x=as_rows(x), bits=bits, q=q, scale=scale)
+    _C.quantize_dynamic(x=as_rows(x), bits=bits, clip=clip, q=q, scale=scale)
     return q, scale
 
 
 _quantize_dynamic = define(
-    "quantize_dynamic(Tensor x, int bits) -> (Tensor q, Tensor scale)",
-    fake=lambda x, bits: (new_int8(x), new_row_scales(x)),
+    "quantize_dynamic(Tensor x, int bits, float clip=1.0) -> (Tensor q, Tensor scale)",
+    fake=lambda x, bits, clip=1.0: (new_int8(x), new_row_scales(x)),
     cpu=_quantize_dynamic_cpu,
 )
 
 
-def quantize_dynamic(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """``scale[r] = max_c |x[r, c]| / qmax`` (1 where that is 0), ``q = clamp(rint(x / scale))``.
+def quantize_dynamic(x: Tensor, bits: int, clip: float = 1.0) -> tuple[Tensor, Tensor]:
+    """``scale[r] = clip * max_c |x[r, c]| / qmax`` (1 where that is 0), ``q = clamp(rint(x / scale))``.
 
     qmax = 2^(bits-1) - 1. float32 arithmetic, ties to even, multiplied by 1/scale, which is
     computed once a row. A NaN makes its row's scale NaN and its levels 0, an infinity makes the
@@ -31,11 +31,12 @@ def quantize_dynamic(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     Args:
         x: float32, bfloat16 or float16 [..., C], any strides.
         bits: 2 to 8.
+        clip: factor of the largest magnitude (learnable clipping), above 0.
 
     Returns:
         q int8, the shape of x, contiguous; scale float32 [rows], rows = x.numel() / C.
 
     Raises:
-        ValueError: a wrong dtype, rank or ``bits``.
+        ValueError: a wrong dtype, rank, ``bits`` or ``clip``.
     """
-    return _quantize_dynamic(x, bits)
+    return _quantize_dynamic(x, bits, clip)
