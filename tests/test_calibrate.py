@@ -22,19 +22,22 @@ def quantizer(prefix_tokens: int) -> _BlockQuantizer:
     empty = torch.zeros(1, prefix_tokens, 16)
     scheme = Scheme(4, 4, 4)
     prefix = PrefixKV(empty, empty)
-    return _BlockQuantizer(made.block(0), made.shape, scheme, made.rope(8), prefix, WeightSolver())
+    return _BlockQuantizer(
+        made.block(0), made.shape, scheme, made.rope(8), prefix, WeightSolver(), 0.3
+    )
 
 
 def test_outlier_at_position_0_counts_only_without_prefix():
     x = torch.randn(3, 8, 80)
     x[:, 0] *= 1000
+    wanted = torch.randn(3, 8, 48)
     alone, behind_prefix = quantizer(0), quantizer(2)
     for each in (alone, behind_prefix):
-        each.point("down", x)
+        each.point("down", x, wanted)
     assert alone.scales.activations["down"] > 50 * behind_prefix.scales.activations["down"]
     x[:, 0] = 0
     ordinary = quantizer(2)
-    ordinary.point("down", x)
+    ordinary.point("down", x, wanted)
     assert torch.equal(
         ordinary.scales.activations["down"], behind_prefix.scales.activations["down"]
     )

@@ -2,12 +2,12 @@
 """Static scales and integer weights of one block, found on data with the prefix in place.
 
 The block is quantized from its input to its output. At each activation point the scale is searched
-first (on the float weights that read it), then those weights are solved on the *quantized* inputs,
-so every later choice sees the errors of the earlier ones. With 4-bit activations all scales are
-then refined on the block's output, against the float block on the float stream.
+first (on the float weights that read it), then those weights are compensated for the errors made so
+far and solved on the *quantized* inputs, so every later choice sees the errors of the earlier ones
+and makes up for them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,14 +19,16 @@ from prefixquant.block import (
     BlockShape,
     PrefixKV,
     attend,
-    block_forward,
+    attention_half,
     linear,
+    mlp_half,
     project_qkv,
     quantize_heads,
     quantize_point,
     rms_norm,
 )
-from prefixquant.config import Scheme
+from prefixquant.compensate import compensate, input_shortfall, output_shortfall
+from prefixquant.config import COMPENSATION, Scheme
 from prefixquant.quantizer import fake_quantize, matmul_dtype, minmax_scale
 from prefixquant.roles import POINTS, BlockWeights
 from prefixquant.rotate import rotate_last_dim
@@ -38,11 +40,6 @@ _LOWEST = {4: 0.25, 8: 0.4}
 _STEPS = 16
 _FINE = tuple(0.01 * k for k in range(-4, 5))
 _HEAD_RATIOS = tuple(0.3 + 0.025 * k for k in range(29))  # 0.3 .. 1.0
-# Multipliers tried on each scale by the refinement.
-_REFINE = (0.8, 0.87, 0.94, 1.06, 1.14, 1.25)
-# Samples it looks at. SmolLM2-135M, W4A4KV4: perplexity 34.8 without refinement, 33.3 with 2,
-# 33.4 with 8; W4A8KV4: 20.02 without, 20.04 with, so 8-bit activations are left alone.
-_REFINE_SAMPLES = 2
 _SEARCH_TOKENS = 2048  # tokens an activation search looks at, evenly spaced over the samples
 
 
@@ -62,6 +59,15 @@ class Streams:
 
     floating: Tensor
     quantized: Tensor
+
+
+@dataclass
+class FloatPass:
+    """The float model's residual stream [n, T, C] around one block: what quantization aims at."""
+
+    entering: Tensor
+    middle: Tensor  # after attention
+    leaving: Tensor
 
 
 def _batches(*tensors: Tensor, size: int = 2) -> Iterable[tuple[Tensor, ...]]:
@@ -136,8 +142,10 @@ class _BlockQuantizer:
         rope: tuple[Tensor, Tensor],
         prefix: PrefixKV,
         solver: WeightSolver,
+        compensation: float,
     ):
         self.solver = solver
+        self.compensation = compensation
         self.float_block = block
         self.shape = shape
         self.scheme = scheme
@@ -159,9 +167,18 @@ class _BlockQuantizer:
             block.k_norm,
         )
 
-    def point(self, name: str, x: Tensor) -> Tensor:
+    def _rows(self, x: Tensor) -> Tensor:
+        return x[:, self.counted].flatten(0, 1)
+
+    def point(self, name: str, x: Tensor, wanted: Tensor) -> Tensor:
         """Searches the scale of an activation point, solves the weights that read it, and returns
-        the quantized activations."""
+        the quantized activations.
+
+        Args:
+            x: the point in the quantized model [n, T, K].
+            wanted: the same point in the float model ("qkv", "gate_up"), or the outputs that lead
+                to the float model's stream ("o", "down") [n, T, C].
+        """
         weights = [self.float_block.weights[role] for role in POINTS[name]]
         if self.scheme.activation_bits < 16:
             self.scales.activations[name] = search_activation_scale(
@@ -169,13 +186,28 @@ class _BlockQuantizer:
             )
         x = quantize_point(x, name, self.scales)
         if self.scheme.weight_bits < 16:
-            rows = x[:, self.counted].flatten(0, 1)
+            rows = self._rows(x)
             hessian = rows.T @ rows / len(rows)
+            if self.compensation:
+                weights = self._compensated(name, weights, rows, hessian, self._rows(wanted))
             all_solved = self.solver(weights, self.scheme.weight_bits, hessian)
             for role, weight, solved in zip(POINTS[name], weights, all_solved, strict=True):
                 self.quantized[role] = solved
                 self.simulated.weights[role] = solved.dequantize(weight.dtype)
         return x
+
+    def _compensated(
+        self, name: str, weights: list[Tensor], rows: Tensor, hessian: Tensor, wanted: Tensor
+    ) -> list[Tensor]:
+        joint = torch.cat(weights)
+        if name in ("qkv", "gate_up"):
+            shortfall = input_shortfall(joint, wanted, rows, hessian)
+        else:
+            bias = self.float_block.biases[name]
+            target = wanted if bias is None else wanted - bias
+            shortfall = output_shortfall(joint, target, rows, hessian)
+        moved = compensate(joint, hessian, shortfall, self.compensation)
+        return list(moved.split([len(weight) for weight in weights]))
 
     def kv(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Searches the K and V scales and returns quantized k and v."""
@@ -193,54 +225,44 @@ class _BlockQuantizer:
             self.scales.v = self.scales.v.amax().expand_as(self.scales.v).contiguous()
         return quantize_heads(k, self.scales.k, bits), quantize_heads(v, self.scales.v, bits)
 
-    def run(self, x: Tensor) -> None:
-        """Goes through the block once with the quantized stream x [n, T, C]."""
+    def run(self, x: Tensor, floating: FloatPass) -> Tensor:
+        """Goes through the block once with the quantized stream x [n, T, C]; returns the stream
+        after it."""
         eps = self.shape.geometry.eps
         block = self.simulated
-        normed = self.point("qkv", rms_norm(x, block.input_norm, eps))
+        normed = self.point(
+            "qkv",
+            rms_norm(x, block.input_norm, eps),
+            rms_norm(floating.entering, block.input_norm, eps),
+        )
         q, k, v = project_qkv(block, self.shape, normed, self.rope)
         k, v = self.kv(q, k, v)
         mixed = torch.cat([attend(*part, self.prefix) for part in _batches(q, k, v)])
-        x = x + linear(block, "o", self.point("o", mixed))
-        normed = self.point("gate_up", rms_norm(x, block.post_norm, eps))
-        inner = F.silu(linear(block, "gate", normed)) * linear(block, "up", normed)
-        self.point("down", rotate_last_dim(inner, self.shape.r4_size))
-
-    def output(self, x: Tensor) -> Tensor:
-        return torch.cat(
-            [
-                block_forward(self.simulated, self.shape, part, self.rope, self.prefix, self.scales)
-                for (part,) in _batches(x)
-            ]
+        mixed = self.point("o", mixed, floating.middle - x)
+        x = x + linear(block, "o", mixed)
+        normed = self.point(
+            "gate_up",
+            rms_norm(x, block.post_norm, eps),
+            rms_norm(floating.middle, block.post_norm, eps),
         )
+        inner = F.silu(linear(block, "gate", normed)) * linear(block, "up", normed)
+        inner = rotate_last_dim(inner, self.shape.r4_size)
+        inner = self.point("down", inner, floating.leaving - x)
+        return x + linear(block, "down", inner)
 
-    def refine(self, x: Tensor, target: Tensor) -> None:
-        """One sweep over all scales, each moved to the multiplier with the least error of the
-        block's output.
 
-        Args:
-            x: quantized stream entering the block [n, T, C].
-            target: the float stream after it.
-        """
-        for name in ("qkv", "k", "v", "o", "gate_up", "down"):
-            self._refine_scale(name, lambda: self.output(x), target)
-
-    def _refine_scale(self, name: str, forward: Callable[[], Tensor], target: Tensor) -> None:
-        """Tries _REFINE on one scale (a point's, or "k", "v") and keeps the best."""
-        per_head = name in ("k", "v")
-        start = getattr(self.scales, name) if per_head else self.scales.activations.get(name)
-        if start is None:
-            return
-
-        def error(scale: Tensor) -> float:
-            if per_head:
-                setattr(self.scales, name, scale)
-            else:
-                self.scales.activations[name] = scale
-            return (forward() - target)[:, self.counted].square().sum().item()
-
-        errors = {factor: error(start * factor) for factor in (1.0, *_REFINE)}
-        error(start * min(errors, key=errors.get))
+def _float_pass(
+    block: BlockWeights,
+    shape: BlockShape,
+    rope: tuple[Tensor, Tensor],
+    prefix: PrefixKV,
+    x: Tensor,
+) -> FloatPass:
+    middle, leaving = torch.empty_like(x), torch.empty_like(x)
+    for part, mid, out in _batches(x, middle, leaving):
+        mid.copy_(attention_half(block, shape, part, rope, prefix))
+        out.copy_(mlp_half(block, shape, mid))
+    return FloatPass(x, middle, leaving)
 
 
 def calibrate_block(
@@ -251,6 +273,7 @@ def calibrate_block(
     prefix: PrefixKV,
     streams: Streams,
     solver: WeightSolver = WeightSolver(),  # noqa: B008 - frozen
+    compensation: float = COMPENSATION,
 ) -> CalibratedBlock:
     """Quantizes one block and advances both streams through it, in place.
 
@@ -260,15 +283,12 @@ def calibrate_block(
         prefix: K/V of the prefix in this block, never quantized.
         streams: inputs [n, T, C]; on return the block's outputs.
         solver: finds the integers and scales of the weights.
+        compensation: the ``strength`` of `compensate`; 0 leaves the float weights as targets.
     """
-    few = slice(_REFINE_SAMPLES)
-    for (part,) in _batches(streams.floating):
-        part.copy_(block_forward(block, shape, part, rope, prefix))
-    quantizer = _BlockQuantizer(block, shape, scheme, rope, prefix, solver)
-    quantizer.run(streams.quantized)
-    if scheme.activation_bits == 4:
-        quantizer.refine(streams.quantized[few], streams.floating[few])
-    streams.quantized.copy_(quantizer.output(streams.quantized))
+    floating = _float_pass(block, shape, rope, prefix, streams.floating)
+    quantizer = _BlockQuantizer(block, shape, scheme, rope, prefix, solver, compensation)
+    streams.quantized.copy_(quantizer.run(streams.quantized, floating))
+    streams.floating.copy_(floating.leaving)
     error = (streams.quantized - streams.floating).square().sum()
     return CalibratedBlock(
         quantizer.quantized,

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from prefixquant.config import PREFIX_MODES, SOLVERS, RecipeConfig, Scheme
+from prefixquant.config import COMPENSATION, PREFIX_MODES, SOLVERS, RecipeConfig, Scheme
 from prefixquant.errors import UserError
 
 _USER_ERRNOS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
@@ -87,13 +87,16 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
         str, typer.Option(help="Bits of weights, activations and KV cache: w4a4kv4, w4a8kv8, ...")
     ] = "w4a4kv4",
     solver: Annotated[str, typer.Option(help=f"Weight solver: {', '.join(SOLVERS)}.")] = "rtn",
+    compensation: Annotated[
+        float, typer.Option(help="Ridge of weights that make up for earlier errors; 0: none do.")
+    ] = COMPENSATION,
     prefix: Annotated[
         str, typer.Option(help=f"{', '.join(PREFIX_MODES)}, or text:... for tokens of your own.")
     ] = "verified",
     calib: Text = "pydoc",
     nsamples: Annotated[int, typer.Option(help="Windows scanned for outlier tokens.")] = 64,
     seqlen: Annotated[int, typer.Option(help="Tokens of such a window.")] = 512,
-    search_samples: Annotated[int, typer.Option(help="Windows the scales are fitted on.")] = 8,
+    search_samples: Annotated[int, typer.Option(help="Windows that scales and weights fit.")] = 32,
     search_seqlen: Annotated[int, typer.Option(help="Tokens of such a window.")] = 1024,
     eta: Annotated[float, typer.Option(help="Outlier token: abs-max above eta medians.")] = 64.0,
     r4_block_size: Annotated[
@@ -119,6 +122,7 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
     recipe = RecipeConfig(
         scheme=Scheme.parse(scheme),
         solver=solver,
+        compensation=compensation,
         prefix=prefix,
         eta=eta,
         nsamples=nsamples,

@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ _ACTIVATION_BITS = (4, 8, 16)
 _KV_BITS = (4, 8, 16)
 PREFIX_MODES = ("verified", "paper", "bos", "none")
 SOLVERS = ("rtn", "gptq", "quantease")
+# Ridge strength of `prefixquant.compensate`.
+COMPENSATION = 0.3
 
 
 @dataclass(frozen=True)
@@ -175,11 +178,12 @@ class RecipeConfig:
 
     scheme: Scheme = field(default_factory=lambda: Scheme(4, 4, 4))
     solver: str = "rtn"
+    compensation: float = COMPENSATION  # 0: the solvers aim at the float weights
     prefix: str = "verified"  # a mode of PREFIX_MODES, or "text:..." for the user's own tokens
     eta: float = 64.0  # a token is an outlier where its abs-max exceeds eta times the median
     nsamples: int = 64
     seqlen: int = 512
-    search_samples: int = 8
+    search_samples: int = 32
     search_seqlen: int = 1024
     r4_block_size: int = 0  # 0: the whole intermediate size
     rotate: bool = True
@@ -195,6 +199,8 @@ class RecipeConfig:
             )
         if not self.eta > 1:
             raise UserError(f"eta: expected a number above 1, got {self.eta}")
+        if not 0 <= self.compensation < math.inf:
+            raise UserError(f"compensation: expected a number >= 0, got {self.compensation}")
         for name in ("nsamples", "seqlen", "search_samples", "search_seqlen"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")

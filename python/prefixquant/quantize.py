@@ -85,6 +85,7 @@ def quantize(
                 prefix[index],
                 streams,
                 WeightSolver(recipe.solver),
+                recipe.compensation,
             )
             packer.add_block(index, calibrated, prefix[index])
             blocks.append(_block_report(index, calibrated))
