@@ -12,9 +12,10 @@ from prefixquant.solvers import (
     layer_error,
     solve_gptq,
     solve_quantease,
+    solve_quantease_outlier,
     solve_rtn,
 )
-from prefixquant.solvers.gptq import inverse_factor, round_columns
+from prefixquant.solvers.gptq import gptq_levels, inverse_factor
 from prefixquant.solvers.quantease import Descent
 from prefixquant.solvers.weight import column_scales, damped, row_errors
 
@@ -90,7 +91,7 @@ def test_gptq_is_obq_in_a_fixed_order():
     weight, hessian = layer(rows=6, columns=150)  # more columns than a block
     scale = solve_rtn(weight, 4, hessian).scale
     order, factor = inverse_factor(hessian)
-    found = round_columns(weight, scale[:, None], 4, order, factor)
+    found = gptq_levels(weight, scale[:, None], 4, order, factor)
 
     left, moved = order.tolist(), weight.double().clone()
     expected = torch.empty_like(moved)
@@ -118,24 +119,25 @@ def naive_sweep(target, hessian, levels, scales, bits, relaxed):
 def test_blocked_sweep_is_the_sweep_of_single_columns(group_size, relaxed):
     weight, hessian = layer(columns=150)
     start = solve_rtn(weight, 3, hessian, group_size=group_size)
-    state = Descent(weight, start, hessian)
+    state = Descent(weight, start.q, start.scale, 3, hessian)
     state.sweep(relaxed)
     levels = start.q.double()
     scales = column_scales(start.scale, 150).expand(-1, 150).double()
     naive_sweep(weight.double(), hessian.double(), levels, scales, 3, relaxed)
     if relaxed:
-        torch.testing.assert_close(state.levels, levels.float(), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(state.levels.T, levels.float(), rtol=1e-3, atol=1e-3)
     else:
-        assert (state.levels != levels).float().mean() < 0.002
-    expected = state.levels * scales.float() - weight
-    torch.testing.assert_close(state.delta, expected, rtol=1e-5, atol=1e-5)
+        assert (levels != state.levels.T).float().mean() < 0.002
+    expected = state.levels.T * scales.float() - weight
+    torch.testing.assert_close(state.delta.T, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("group_size", [0, 32])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_quantized_sweeps_and_scale_fits_never_raise_the_objective(bits, group_size):
     weight, hessian = layer()
-    state = Descent(weight, solve_rtn(weight, bits, hessian, group_size=group_size), hessian)
+    start = solve_rtn(weight, bits, hessian, group_size=group_size)
+    state = Descent(weight, start.q, start.scale, bits, hessian)
     before = state.errors()
     rounding = 1e-5 * before  # float32 sums
     for _ in range(8):
@@ -152,15 +154,16 @@ def test_quantized_sweeps_and_scale_fits_never_raise_the_objective(bits, group_s
 
 def test_descent_ends_where_no_single_level_can_improve():
     weight, hessian = layer(rows=4, columns=40)
-    state = Descent(weight, solve_rtn(weight, 4, hessian), hessian)
+    start = solve_rtn(weight, 4, hessian)
+    state = Descent(weight, start.q, start.scale, 4, hessian)
     for _ in range(60):
         state.sweep()
     best = state.errors()
     for j in range(40):
         for step in (-1, 1):
             levels = state.levels.clone()
-            levels[:, j] = (levels[:, j] + step).clamp(-8, 7)
-            error = row_errors(levels * state.scale - weight, hessian)
+            levels[j] = (levels[j] + step).clamp(-8, 7)
+            error = row_errors((levels * state.scale).T - weight, hessian)
             assert (error >= best * (1 - 1e-5)).all()
 
 
@@ -204,12 +207,12 @@ def test_groups_fit_columns_of_unequal_size():
         assert layer_error(weight, solve(weight, 3, hessian, group_size=32), hessian) < 0.75 * whole
 
 
-@pytest.mark.parametrize("name", ["rtn", "gptq", "quantease"])
+@pytest.mark.parametrize("name", ["rtn", "gptq", "quantease", "quantease-outlier"])
 def test_inputs_that_are_always_zero_and_rows_of_zeros(name):
     weight, hessian = layer()
     hessian[:, 5:9] = hessian[5:9] = 0
     weight[7] = 0
-    (solved,) = WeightSolver(name)([weight], 4, hessian)
+    (solved,) = WeightSolver(name, outlier_fraction=0.01)([weight], 4, hessian)
     assert torch.isfinite(solved.dequantize()).all()
     assert not solved.q[7].any()
     assert (solved.scale > 0).all()
@@ -232,5 +235,75 @@ def test_groups_must_fill_the_row():
     for solve in (solve_rtn, solve_gptq, solve_quantease):
         with pytest.raises(ValueError, match="group_size: expected 0 or a divisor of 96"):
             solve(weight, 4, hessian, group_size=36)
-    with pytest.raises(ValueError, match="solver: expected rtn, gptq or quantease"):
+    with pytest.raises(ValueError, match="solver: expected one of rtn, gptq, quantease"):
         WeightSolver("magic")([weight], 4, hessian)
+
+
+# ---------------------------------------------------------------------------- outliers
+
+
+def test_outliers_are_as_many_as_asked_and_lower_the_error():
+    weight, hessian = layer()
+    weight[3] /= 20
+    weight.view(-1)[::97] = 15  # 24 of 2304 entries
+    metric = damped(hessian, 0.01)
+    history = []
+    plain = layer_error(weight, solve_quantease(weight, 3, hessian), metric)
+    errors = []
+    for fraction in (0.005, 0.011):
+        history.clear()
+        solved = solve_quantease_outlier(weight, 3, hessian, fraction=fraction, history=history)
+        index = solved.outliers.index
+        assert len(index) == len(solved.outliers.value) == int(fraction * weight.numel())
+        assert (index[1:] > index[:-1]).all()
+        assert index[-1] < weight.numel()
+        assert solved.q.min() >= -4
+        assert solved.q.max() <= 3
+        errors.append(layer_error(weight, solved, metric))
+        total = row_errors(weight, metric).sum().item()
+        assert history[-1].kept / total == pytest.approx(errors[-1].item(), rel=1e-3)
+    assert errors[0] < 0.9 * plain
+    assert errors[1] < 0.2 * plain
+    assert set(range(0, weight.numel(), 97)) - set(index.tolist()) == set()
+
+
+def test_outlier_values_are_the_best_for_their_support():
+    """At the end no entry of the support could lower the error by another value."""
+    weight, hessian = layer()
+    metric = damped(hessian, 0.01)
+    solved = solve_quantease_outlier(weight, 3, hessian, fraction=0.02, sweeps=60)
+    gradient = (solved.dequantize() - weight) @ metric
+    step = (gradient / metric.diagonal()).flatten()
+    # What is left: the last fit of the scales moved the others once more.
+    assert step[solved.outliers.index].abs().max() < 0.04 * step.abs().max()
+
+
+def test_no_outliers_is_quantease():
+    weight, hessian = layer()
+    plain = solve_quantease(weight, 3, hessian)
+    none = solve_quantease_outlier(weight, 3, hessian, fraction=0.0001)
+    assert none.outliers is None
+    assert torch.equal(none.q, plain.q)
+    with pytest.raises(ValueError, match=r"fraction: expected 0 to 1, got -0\.1"):
+        solve_quantease_outlier(weight, 3, hessian, fraction=-0.1)
+
+
+def test_all_entries_outliers_is_the_weight():
+    weight, hessian = layer()
+    solved = solve_quantease_outlier(weight, 2, hessian, fraction=1.0)
+    torch.testing.assert_close(solved.dequantize(), weight, rtol=1e-3, atol=1e-3)
+
+
+def test_scale_fit_leaves_free_values_alone():
+    weight, hessian = layer()
+    free = torch.rand_like(weight) < 0.05
+    start = solve_rtn(weight, 3, hessian, group_size=32)
+    state = Descent(weight, start.q, start.scale * 1.2, 3, hessian, free)
+    state.sweep()
+    values = (state.levels * state.column_scales())[free.T]
+    before = state.errors()
+    state.refit_scales()
+    torch.testing.assert_close((state.levels * state.column_scales())[free.T], values)
+    assert (state.errors() <= before * (1 + 1e-5)).all()
+    expected = state.levels * state.column_scales() - weight.T
+    torch.testing.assert_close(state.delta, expected, rtol=1e-4, atol=1e-4)

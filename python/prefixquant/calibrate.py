@@ -32,7 +32,7 @@ from prefixquant.config import COMPENSATION, Scheme
 from prefixquant.quantizer import fake_quantize, matmul_dtype, minmax_scale
 from prefixquant.roles import POINTS, BlockWeights
 from prefixquant.rotate import rotate_last_dim
-from prefixquant.solvers import QuantizedWeight, WeightSolver
+from prefixquant.solvers import QuantizedWeight, WeightSolver, layer_error
 
 # Candidates as fractions of the min-max scale: from the lowest in even steps, then finer ones near
 # the best. A search down to 0.05 finds less error in the next linears and is no better for it.
@@ -51,6 +51,7 @@ class CalibratedBlock:
     scales: BlockScales
     simulated: BlockWeights  # the block with its weights dequantized: the fake-quantized block
     relative_error: float  # |y_q - y|^2 / |y|^2 of the block's output, streams included
+    weight_errors: dict[str, float]  # role -> `solvers.layer_error`
 
 
 @dataclass
@@ -158,6 +159,7 @@ class _BlockQuantizer:
         self.counted = slice(1 if prefix.length else 0, None)
         self.scales = BlockScales(activation_bits=scheme.activation_bits, kv_bits=scheme.kv_bits)
         self.quantized: dict[str, QuantizedWeight] = {}
+        self.weight_errors: dict[str, float] = {}
         self.simulated = BlockWeights(
             dict(block.weights),
             dict(block.biases),
@@ -193,6 +195,7 @@ class _BlockQuantizer:
             all_solved = self.solver(weights, self.scheme.weight_bits, hessian)
             for role, weight, solved in zip(POINTS[name], weights, all_solved, strict=True):
                 self.quantized[role] = solved
+                self.weight_errors[role] = layer_error(weight, solved, hessian).item()
                 self.simulated.weights[role] = solved.dequantize(weight.dtype)
         return x
 
@@ -295,4 +298,5 @@ def calibrate_block(
         quantizer.scales,
         quantizer.simulated,
         (error / streams.floating.square().sum()).item(),
+        quantizer.weight_errors,
     )

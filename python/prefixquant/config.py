@@ -17,7 +17,7 @@ FORMAT_VERSION = 1
 QUANT_METHOD = "prefixquant"
 
 _SCHEME = re.compile(r"w(\d+)a(\d+)kv(\d+)")
-_WEIGHT_BITS = (4, 8)
+_WEIGHT_BITS = (2, 3, 4, 8)
 _ACTIVATION_BITS = (4, 8, 16)
 _KV_BITS = (4, 8, 16)
 PREFIX_MODES = ("verified", "paper", "bos", "none")
@@ -45,6 +45,11 @@ class Scheme:
                 raise UserError(
                     f"scheme: {name} expected one of {', '.join(map(str, allowed))}, got {value}"
                 )
+        if self.weight_bits < 4 and self.activation_bits < 16:
+            raise UserError(
+                f"scheme: weight_bits {self.weight_bits} needs activation_bits 16 (weight-only), "
+                f"got {self.activation_bits}"
+            )
         if self.weight_bits == 8 and self.activation_bits == 4:
             raise UserError("scheme: 8-bit weights with 4-bit activations have no kernel; use w8a8")
 
@@ -58,6 +63,25 @@ class Scheme:
 
     def __str__(self) -> str:
         return f"w{self.weight_bits}a{self.activation_bits}kv{self.kv_bits}"
+
+
+def check_weight_options(scheme: Scheme, group_size: int, outlier_fraction: float) -> None:
+    """The options of weights that hold for recipes and checkpoints alike.
+
+    Raises:
+        UserError: a wrong type or range, or groups with quantized activations.
+    """
+    if type(group_size) is not int or group_size < 0:
+        raise UserError(f"group_size: expected an integer >= 0, got {group_size!r}")
+    if group_size and scheme.activation_bits < 16:
+        raise UserError(
+            f"group_size: groups are weight-only, expected activation_bits 16, "
+            f"got {scheme.activation_bits}"
+        )
+    if type(outlier_fraction) not in (int, float) or not 0 <= outlier_fraction <= 0.5:
+        raise UserError(
+            f"outlier_fraction: expected a number from 0 to 0.5, got {outlier_fraction!r}"
+        )
 
 
 def _from_dict(cls: type, data: dict[str, Any], where: str):
@@ -114,6 +138,8 @@ class QuantizationConfig:
     prefix_mode: str
     solver: str
     producer: str
+    group_size: int = 0  # columns that share a weight scale; 0: one scale an output channel
+    outlier_fraction: float = 0.0  # of the entries of each weight, kept in 16 bits beside it
     quant_method: str = QUANT_METHOD
     format_version: int = FORMAT_VERSION
 
@@ -128,7 +154,7 @@ class QuantizationConfig:
                 f"quantization_config: format_version expected {FORMAT_VERSION}, "
                 f"got {self.format_version!r}"
             )
-        _ = self.scheme
+        check_weight_options(self.scheme, self.group_size, self.outlier_fraction)
         if any(type(t) is not int or t < 0 for t in self.prefix_token_ids):
             raise UserError("quantization_config: prefix_token_ids expected integers >= 0")
         if len(self.prefix_text) != len(self.prefix_token_ids):
@@ -178,6 +204,8 @@ class RecipeConfig:
 
     scheme: Scheme = field(default_factory=lambda: Scheme(4, 4, 4))
     solver: str = "rtn"
+    group_size: int = 0  # columns that share a weight scale; 0: one scale an output channel
+    outlier_fraction: float = 0.01  # of each weight, kept in 16 bits; quantease-outlier only
     compensation: float = COMPENSATION  # 0: the solvers aim at the float weights
     prefix: str = "verified"  # a mode of PREFIX_MODES, or "text:..." for the user's own tokens
     eta: float = 64.0  # a token is an outlier where its abs-max exceeds eta times the median
@@ -192,6 +220,7 @@ class RecipeConfig:
     def __post_init__(self):
         if self.solver not in SOLVERS:
             raise UserError(f"solver: expected one of {', '.join(SOLVERS)}, got {self.solver!r}")
+        check_weight_options(self.scheme, self.group_size, self.outlier_fraction)
         if self.prefix not in PREFIX_MODES and not self.prefix.startswith("text:"):
             raise UserError(
                 f"prefix: expected one of {', '.join(PREFIX_MODES)} or text:..., "

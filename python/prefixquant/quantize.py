@@ -74,6 +74,7 @@ def quantize(
     embedded = decoder.embed(search_samples)
     streams = Streams(embedded, embedded.clone())
     rope = decoder.rope(recipe.search_seqlen)
+    solver = WeightSolver(recipe.solver, recipe.group_size, recipe.outlier_fraction)
     blocks = []
     with progress.stage("quantize blocks", total=len(decoder)) as advance:
         for index in range(len(decoder)):
@@ -84,7 +85,7 @@ def quantize(
                 rope,
                 prefix[index],
                 streams,
-                WeightSolver(recipe.solver),
+                solver,
                 recipe.compensation,
             )
             packer.add_block(index, calibrated, prefix[index])
@@ -93,6 +94,7 @@ def quantize(
     packer.add_ends()
     seconds["quantize_blocks"] = time.monotonic() - start
 
+    outliers = recipe.outlier_fraction if recipe.solver == "quantease-outlier" else 0.0
     quantization = QuantizationConfig(
         weight_bits=recipe.scheme.weight_bits,
         activation_bits=recipe.scheme.activation_bits,
@@ -103,6 +105,8 @@ def quantize(
         prefix_mode=recipe.prefix,
         solver=recipe.solver,
         producer=f"prefixquant {__version__}",
+        group_size=recipe.group_size,
+        outlier_fraction=outliers,
     )
     report = {"prefix": search.to_dict(tokenizer), "blocks": blocks, "stage_seconds": seconds}
     return QuantizedModel(packer.tensors, quantization, report)
@@ -155,6 +159,7 @@ def _storage_dtype(model: nn.Module) -> torch.dtype:
 def _block_report(index: int, block: CalibratedBlock) -> dict[str, Any]:
     scales = block.scales
     report = {"block": index, "relative_error": block.relative_error}
+    report["weight_errors"] = block.weight_errors
     report |= {f"{point}_scale": scale.item() for point, scale in scales.activations.items()}
     for name in ("k", "v"):
         scale = getattr(scales, name)

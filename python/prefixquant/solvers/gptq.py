@@ -8,14 +8,14 @@ arXiv 2210.17323, with columns in the order of falling diag(H) (its "act order")
 import torch
 from torch import Tensor
 
-from prefixquant.quantizer import qrange
+from prefixquant.solvers.columns import round_columns
 from prefixquant.solvers.rtn import solve_rtn
-from prefixquant.solvers.weight import QuantizedWeight, column_scales, damped, row_errors
+from prefixquant.solvers.weight import DAMPING, QuantizedWeight, column_scales, damped, row_errors
 
-DAMPING = 0.01
 # Of the scales that suit rounding to nearest. SmolLM2-135M, 3 bits: 3 to 8 percent less error than
 # with 1.0 alone, and GPTQ is a small part of the time of a quantization.
 MULTIPLIERS = (1.0, 0.8, 0.9, 1.1)
+_ROWS = 8192  # rows rounded at once, times the multipliers
 _BLOCK = 128  # columns rounded between two matrix products with all columns left
 
 
@@ -38,22 +38,43 @@ def solve_gptq(
         multipliers: tried on the scales that suit rounding to nearest; each row keeps its best.
         damping: see `damped`.
     """
-    weight = weight.float()
-    hessian = damped(hessian, damping)
+    weight, hessian = weight.float(), damped(hessian, damping)
     scale = solve_rtn(weight, bits, hessian, group_size=group_size).scale
-    factor = inverse_factor(hessian)
-    best = None
-    for multiplier in multipliers:
-        scales = column_scales(scale * multiplier, weight.shape[1])
-        q = round_columns(weight, scales, bits, *factor)
-        errors = row_errors(q * scales - weight, hessian)
-        if best is None:
-            best = [q, scale * multiplier, errors]
-            continue
-        better = errors < best[2]
-        for kept, new in zip(best, (q, scale * multiplier, errors), strict=True):
-            kept[better] = new[better]
-    return QuantizedWeight(best[0].to(torch.int8), best[1], bits)
+    levels, scale = round_at_best_scales(weight, scale, bits, hessian, multipliers)
+    return QuantizedWeight(levels.to(torch.int8), scale, bits)
+
+
+def round_at_best_scales(
+    weight: Tensor,
+    scale: Tensor,
+    bits: int,
+    hessian: Tensor,
+    multipliers: tuple[float, ...] = MULTIPLIERS,
+    free: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """GPTQ at each multiple of ``scale``, [N] or [N, G]; every row keeps its best.
+
+    Args:
+        weight: float32 [N, K]; hessian: damped; free: bool [N, K], entries that are not rounded.
+
+    Returns:
+        levels, float32 [N, K], and their scales.
+    """
+    order, factor = inverse_factor(hessian)
+    best_levels, best_scale = torch.empty_like(weight), torch.empty_like(scale)
+    repeats = len(multipliers)
+    # All multiples at once: a GPU walks the columns of few rows as slowly as those of many.
+    for start in range(0, len(weight), _ROWS):
+        rows = slice(start, start + _ROWS)
+        tried = torch.cat([scale[rows] * multiplier for multiplier in multipliers])
+        target, steps = weight[rows].repeat(repeats, 1), column_scales(tried, weight.shape[1])
+        mask = None if free is None else free[rows].repeat(repeats, 1)
+        levels = gptq_levels(target, steps, bits, order, factor, mask)
+        errors = row_errors(levels * steps - target, hessian).view(repeats, -1)
+        count = errors.shape[1]
+        chosen = errors.argmin(dim=0) * count + torch.arange(count, device=errors.device)
+        best_levels[rows], best_scale[rows] = levels[chosen], tried[chosen]
+    return best_levels, best_scale
 
 
 def inverse_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,33 +86,39 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def round_columns(
-    weight: Tensor, scales: Tensor, bits: int, order: Tensor, factor: Tensor
+def gptq_levels(
+    weight: Tensor,
+    scales: Tensor,
+    bits: int,
+    order: Tensor,
+    factor: Tensor,
+    free: Tensor | None = None,
 ) -> Tensor:
-    """GPTQ's loop: float32 integers [N, K].
+    """GPTQ's loop: the levels, float32 [N, K].
 
     Args:
         weight: float32 [N, K].
         scales: float32 [N, 1] or [N, K].
         order, factor: of `inverse_factor`.
+        free: bool [N, K], the entries that are not rounded.
     """
-    qmin, qmax = qrange(bits)
     columns = weight.T[order].contiguous()  # [K, N]: a column is a contiguous row
     steps = scales.T if scales.shape[1] == 1 else scales.T[order]
-    rounded = torch.empty_like(columns)
+    free = None if free is None else free.T[order]
+    unit = factor / factor.diagonal()[:, None]
+    levels = torch.empty_like(columns)
     for start in range(0, len(columns), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        inside = factor[block, block] / factor.diagonal()[block, None]
-        here = columns[block]
-        errors = torch.empty_like(here)
-        for j in range(len(here)):
-            step = steps[start + j] if len(steps) > 1 else steps[0]
-            q = (here[j] / step).round_().clamp_(qmin, qmax)
-            rounded[start + j] = q
-            errors[j] = here[j] - q * step
-            here[j + 1 :].addr_(inside[j, j + 1 :], errors[j], alpha=-1)
-        ahead = factor[block, start + len(here) :] / factor.diagonal()[block, None]
-        columns[start + len(here) :].addmm_(ahead.T, errors, alpha=-1)
-    q = torch.empty_like(rounded)
-    q[order] = rounded
+        block = slice(start, min(start + _BLOCK, len(columns)))
+        here = steps if len(steps) == 1 else steps[block]
+        # An error e_j = x_j - q_j s_j moves the columns behind it by -e_j U_jk / U_jj.
+        inside = unit[block, block]
+        levels[block] = round_columns(
+            columns[block], here, inside, bits, free=None if free is None else free[block]
+        )
+        # Those errors again, now as one solve: x = w - U^T e holds within the block.
+        errors = columns[block] - levels[block] * here
+        errors = torch.linalg.solve_triangular(inside.T, errors, upper=False, unitriangular=True)
+        columns[block.stop :].addmm_(unit[block, block.stop :].T, errors, alpha=-1)
+    q = torch.empty_like(levels)
+    q[order] = levels
     return q.T.contiguous()

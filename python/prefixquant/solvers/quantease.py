@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prefixquant.quantizer import qrange
-from prefixquant.solvers.gptq import DAMPING, solve_gptq
-from prefixquant.solvers.weight import QuantizedWeight, column_scales, damped, row_errors
+from prefixquant.solvers.columns import round_columns
+from prefixquant.solvers.gptq import round_at_best_scales
+from prefixquant.solvers.rtn import solve_rtn
+from prefixquant.solvers.weight import DAMPING, QuantizedWeight, damped
 
 SWEEPS = 25
 # SmolLM2-135M, 3 bits, |(W_hat - W) X^T|^2 / |W X^T|^2 of the o, up, down and v of four
@@ -62,8 +63,17 @@ def solve_quantease(
         damping: see `damped`.
         history: receives one `Sweep` after each.
     """
-    start = solve_gptq(weight, bits, hessian, group_size=group_size, damping=damping)
-    state = Descent(weight.float(), start, damped(hessian, damping))
+    weight, hessian = weight.float(), damped(hessian, damping)
+    scale = solve_rtn(weight, bits, hessian, group_size=group_size).scale
+    state = Descent(weight, *round_at_best_scales(weight, scale, bits, hessian), bits, hessian)
+    levels, scale = descend(state, sweeps, history)
+    return QuantizedWeight(levels.to(torch.int8), scale if group_size else scale[:, 0], bits)
+
+
+def descend(
+    state: "Descent", sweeps: int, history: list[Sweep] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sweeps of `solve_quantease`: the best levels [N, K] and scales [N, G] of every row."""
     kept = _Best(state)
     for index in range(sweeps):
         relaxed = index % _RELAX_EVERY == _RELAX_EVERY - 1 and index < sweeps - _SETTLING
@@ -75,12 +85,11 @@ def solve_quantease(
             kept.update(state, errors)
         if history is not None:
             history.append(Sweep(relaxed, errors.sum().item(), kept.errors.sum().item()))
-    scale = kept.scale if group_size else kept.scale[:, 0]
-    return QuantizedWeight(kept.levels.to(torch.int8), scale.contiguous(), bits)
+    return kept.levels.T.contiguous(), kept.scale.T.contiguous()
 
 
 class _Best:
-    """Per row the quantized state with the least error so far."""
+    """Per row of the weight the quantized state with the least error so far, by columns."""
 
     def __init__(self, state: "Descent"):
         self.levels = state.levels.clone()
@@ -89,88 +98,93 @@ class _Best:
 
     def update(self, state: "Descent", errors: Tensor) -> None:
         better = errors < self.errors
-        for kept, new in (
-            (self.levels, state.levels),
-            (self.scale, state.scale),
-            (self.errors, errors),
-        ):
-            kept[better] = new[better]
+        for name in ("levels", "scale"):
+            setattr(self, name, torch.where(better, getattr(state, name), getattr(self, name)))
+        self.errors = torch.where(better, errors, self.errors)
 
 
 class Descent:
-    """The state of a coordinate descent: ``levels`` [N, K] (integers, but for a relaxed sweep),
-    ``scale`` [N, G], and ``delta = levels * scale - target`` [N, K]; all float32."""
+    """The state of a coordinate descent on the weight ``target`` [N, K].
 
-    def __init__(self, target: Tensor, start: QuantizedWeight, hessian: Tensor):
-        self.target = target
+    Held by columns, so that a block of columns is contiguous: ``levels`` [K, N], ``scale`` [G, N],
+    and ``delta = levels * scale - target`` [K, N]; all float32. Levels are integers, but for those
+    of ``free`` (bool [K, N], or None) and after a relaxed sweep.
+    """
+
+    def __init__(
+        self,
+        target: Tensor,
+        levels: Tensor,
+        scale: Tensor,
+        bits: int,
+        hessian: Tensor,
+        free: Tensor | None = None,
+    ):
+        """As a weight: levels [N, K], scale [N] or [N, G], free [N, K]."""
+        self.target = target.T.contiguous()
+        self.levels = levels.T.float().contiguous()
+        self.scale = scale.reshape(len(target), -1).T.contiguous()
+        self.bits = bits
         self.hessian = hessian
-        self.bits = start.bits
-        self.levels = start.q.float()
-        self.scale = start.scale.reshape(len(target), -1).clone()
-        self.length = target.shape[1] // self.scale.shape[1]
-        self.update_delta()
+        self.free = None if free is None else free.T.contiguous()
+        self.length = len(self.target) // len(self.scale)
+        self.delta = self.levels * self.column_scales() - self.target
+        # What a change of column i does to the best value of column j: -H_ij / H_jj.
+        self.curvature = hessian.diagonal()[:, None]
+        self.mixing = {
+            block.start: (-hessian[block, block] / hessian.diagonal()[block]).contiguous()
+            for _, block in self.blocks()
+        }
 
-    def update_delta(self) -> None:
-        self.delta = self.levels * column_scales(self.scale, self.levels.shape[1]) - self.target
-
-    def errors(self) -> Tensor:
-        return row_errors(self.delta, self.hessian)
+    def column_scales(self) -> Tensor:
+        """[K, N] or, for one scale a row of the weight, [1, N]."""
+        return self.scale if len(self.scale) == 1 else self.scale.repeat_interleave(self.length, 0)
 
     def blocks(self) -> Iterator[tuple[int, slice]]:
         """(group, columns) in their order; a block never crosses a group."""
-        for group in range(self.scale.shape[1]):
+        for group in range(len(self.scale)):
             first, last = group * self.length, (group + 1) * self.length
             for start in range(first, last, _BLOCK):
                 yield group, slice(start, min(start + _BLOCK, last))
 
+    def errors(self) -> Tensor:
+        """``d_n H d_n^T`` of every row of the weight: [N]."""
+        return ((self.hessian @ self.delta) * self.delta).sum(dim=0)
+
     def sweep(self, relaxed: bool = False) -> None:
         """Every column once: to the level of least error, all other columns as they are."""
         for group, block in self.blocks():
-            scale = self.scale[:, group]
-            # As levels: gradient and Hessian are divided by the scale and by its square.
-            gradient = (self.delta @ self.hessian[:, block]).T / scale  # [B, N]
-            levels = self.levels[:, block].T.contiguous()
-            local = self.hessian[block, block]
+            steps = self.scale[group]
+            before = self.levels[block] * steps  # [B, N]
+            gradient = self.hessian[block] @ self.delta
             if relaxed:
-                _relax_columns(levels, gradient, local)
+                # tril(H) D = -G: each column at its best, the ones before it moved already.
+                lower = self.hessian[block, block].tril()
+                change = torch.linalg.solve_triangular(lower, gradient, upper=False)
+                self.levels[block] = (before - change) / steps
             else:
-                round_columns(levels, gradient, local, self.bits)
-            self.levels[:, block] = levels.T
-            self.delta[:, block] = levels.T * scale[:, None] - self.target[:, block]
+                best = torch.addcdiv(before, gradient, self.curvature[block], value=-1)
+                free = None if self.free is None else self.free[block]
+                self.levels[block] = round_columns(
+                    best, steps[None], self.mixing[block.start], self.bits, before, free
+                )
+            torch.addcmul(-self.target[block], self.levels[block], steps, out=self.delta[block])
 
     def refit_scales(self) -> None:
-        """Each scale to the minimum of the objective for the levels as they are:
+        """Each scale to the minimum of the objective for the integers and free values as they are:
         ``s <- s - (d H u^T) / (u H u^T)`` over the columns of its group, where that is above 0."""
-        for group in range(self.scale.shape[1]):
+        for group in range(len(self.scale)):
             columns = slice(group * self.length, (group + 1) * self.length)
-            u = self.levels[:, columns]
-            curvature = row_errors(u, self.hessian[columns, columns])
-            slope = ((self.delta @ self.hessian[:, columns]) * u).sum(dim=1)
-            old = self.scale[:, group]
+            levels = self.levels[columns]
+            free = None if self.free is None else self.free[columns]
+            u = levels if free is None else levels.masked_fill(free, 0)
+            curvature = ((self.hessian[columns, columns] @ u) * u).sum(dim=0)
+            slope = ((self.hessian[columns] @ self.delta) * u).sum(dim=0)
+            old = self.scale[group].clone()
             new = old - slope / curvature
-            usable = (curvature > 0) & (new > 0.1 * old) & (new < 10 * old)
-            new = torch.where(usable, new, old)
-            self.scale[:, group] = new
-            self.delta[:, columns] = u * new[:, None] - self.target[:, columns]
-
-
-def round_columns(levels: Tensor, gradient: Tensor, hessian: Tensor, bits: int) -> None:
-    """One quantized pass over a block of columns, in place.
-
-    ``u_j <- clamp(rint(u_j - g_j / H_jj))``, then ``g_i += H_ij (change of u_j)`` for i > j.
-
-    Args:
-        levels: float32 [B, N]; gradient: float32 [B, N], of half the objective; hessian: [B, B].
-    """
-    qmin, qmax = qrange(bits)
-    inverse = (-1.0 / hessian.diagonal()).tolist()
-    for j in range(len(levels)):
-        new = torch.add(levels[j], gradient[j], alpha=inverse[j]).round_().clamp_(qmin, qmax)
-        change = new - levels[j]
-        levels[j] = new
-        gradient[j + 1 :].addr_(hessian[j, j + 1 :], change)
-
-
-def _relax_columns(levels: Tensor, gradient: Tensor, hessian: Tensor) -> None:
-    """The same pass without rounding: changes D with ``tril(H) D = -G``, one triangular solve."""
-    levels.sub_(torch.linalg.solve_triangular(hessian.tril(), gradient, upper=False))
+            # A row of zeros has no curvature, and a scale must not leave the range of a float.
+            new = torch.where((curvature > 0) & (new > 0.1 * old) & (new < 10 * old), new, old)
+            self.scale[group] = new
+            self.delta[columns].addcmul_(u, new - old)
+            if free is not None:
+                self.levels[columns] = torch.where(free, levels * (old / new), levels)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+DAMPING = 0.01  # of the mean of diag(H), as GPTQ's authors have it
+
 
 @dataclass
 class Outliers:
