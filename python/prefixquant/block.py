@@ -112,18 +112,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, prefix: PrefixKV | None) -> Tensor:
 
     q [B, H, T, D], k and v [B, H_kv, T, D] -> [B, T, H*D].
     """
-    batch, heads, length, _ = q.shape
-    mask = None
-    if prefix is not None and prefix.length:
+    batch, heads = q.shape[:2]
+    extra = prefix.length if prefix is not None else 0
+    if extra:
         k, v = (
             torch.cat((p.to(t.dtype).expand(batch, -1, -1, -1), t), dim=2)
             for p, t in ((prefix.key, k), (prefix.value, v))
         )
-        mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).tril(prefix.length)
+        # A query of zeros for each prefix token, dropped again below, makes the mask a plain causal
+        # one, which every attention kernel has built in.
+        q = F.pad(q, (0, 0, extra, 0))
     repeats = heads // k.shape[1]
     if repeats > 1:
         k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, extra:]
     return out.transpose(1, 2).flatten(2)
 
 

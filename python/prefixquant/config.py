@@ -198,6 +198,60 @@ class QuantizationConfig:
 
 
 @dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tuning after calibration (EfficientQAT's two phases); 0 epochs leave a phase out.
+
+    Rates are relative: of a scale, the share of it that a step moves it by; of a weight, the part
+    of its channel's range (`prefixquant.finetune.learned`).
+    """
+
+    epochs: int = 0  # Block-AP
+    e2e_epochs: int = 0
+    samples: int = 128
+    seqlen: int = 1024
+    batch: int = 4
+    validation_samples: int = 8  # of ``samples``, held out
+    patience: int = 4  # epochs without gain on them before a training stops
+    weight_rate: float = 5e-4
+    scale_rate: float = 1e-3
+    e2e_weights: bool = True  # train the weights end to end too; False: scales alone (E2E-QP)
+    e2e_weight_rate: float = 5e-4
+    e2e_scale_rate: float = 1e-3
+    e2e_norms: bool = False
+    e2e_prefix: bool = False
+    checkpointing: bool = False  # end to end: compute activations twice, keep one block's
+    activations: str = "auto"  # where the streams are kept: device, host or disk
+    folder: str | None = None  # of the streams on disk; None: the system's temporary folder
+    graphs: bool = True  # on a GPU, run a training step as one CUDA graph
+
+    def __post_init__(self):
+        for name in ("epochs", "e2e_epochs"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name in ("batch", "validation_samples", "patience"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.seqlen < 2:
+            raise UserError(f"seqlen of fine-tuning: expected at least 2, got {self.seqlen}")
+        if self.samples <= self.validation_samples:
+            raise UserError(
+                f"train_samples: expected more than the {self.validation_samples} held out for "
+                f"validation, got {self.samples}"
+            )
+        for name in ("weight_rate", "scale_rate", "e2e_weight_rate", "e2e_scale_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
+        if self.activations not in ("auto", "device", "host", "disk"):
+            raise UserError(
+                f"activations: expected auto, device, host or disk, got {self.activations!r}"
+            )
+
+    @property
+    def active(self) -> bool:
+        return self.epochs > 0 or self.e2e_epochs > 0
+
+
+@dataclass(frozen=True)
 class RecipeConfig:
     """What `prefixquant.quantize` is asked to do. The defaults are design values of the paper
     (PrefixQuant, section 5 and appendix): 64 x 512 tokens for the outlier scan and the maxima."""
@@ -216,6 +270,7 @@ class RecipeConfig:
     r4_block_size: int = 0  # 0: the whole intermediate size
     rotate: bool = True
     seed: int = 0
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
     def __post_init__(self):
         if self.solver not in SOLVERS:

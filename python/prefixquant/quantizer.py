@@ -24,8 +24,44 @@ def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """``quantize(x) * s`` in the dtype of x."""
+    """``quantize(x) * s`` in the dtype of x; differentiable in both (`_StraightThrough`)."""
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+        return _StraightThrough.apply(x, scale, bits)
     return quantize(x, scale, bits).mul_(scale).to(x.dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Fake quantization with the gradients of LSQ (Esser et al., arXiv 1902.08153, equations 3, 5).
+
+    With v = x/s and q = clamp(rint(v)), rounding counts as the identity:
+
+        d x_hat / d x = 1 where rint(v) is in range, else 0
+        d x_hat / d s = q - v where rint(v) is in range, else q
+
+    No factor is put on the scale's gradient: Adam divides by its size anyway. The backward pass
+    computes v again from x, so only x and s are kept.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, bits: int) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.bits = bits
+        return quantize(x, scale, bits).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, scale = ctx.saved_tensors
+        qmin, qmax = qrange(ctx.bits)
+        v = x.float() * (1.0 / scale)
+        rounded = v.round()
+        q = rounded.clamp(qmin, qmax)
+        grad = grad.float()
+        passed = grad * (rounded == q)
+        grad_x = passed.to(x.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None
+        grad_scale = q.mul_(grad).sub_(v.mul_(passed)).sum_to_size(scale.shape)
+        return grad_x, grad_scale, None
 
 
 @functools.cache

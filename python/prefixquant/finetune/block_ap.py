@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block-AP: each block's weights and scales trained to give the float block's output.
+
+EfficientQAT (arXiv 2407.11062), section 3.1, as PrefixQuant (arXiv 2410.05265), section 5.3, uses
+it: the loss is the mean squared error of the block's output on the stream of the quantized blocks
+before it, against the float stream; weights, weight scales, activation scales and K/V scales are
+trained together.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from prefixquant.block import PrefixKV, block_forward
+from prefixquant.calibrate import CalibratedBlock
+from prefixquant.config import FinetuneConfig
+from prefixquant.decoder import FloatDecoder
+from prefixquant.finetune.activations import ActivationStore, choose_place
+from prefixquant.finetune.learned import Learned, LearnedBlock
+from prefixquant.finetune.training import Schedule, Stepper, train, training_mode
+from prefixquant.roles import BlockWeights
+
+_FORWARD_BATCH = 4  # samples at once where nothing is trained
+
+
+class BlockTuner:
+    """Holds the training samples' streams, and tunes block after block on them.
+
+    Args:
+        decoder: gives embedding, RoPE and shapes.
+        samples: int64 [n, T]; the last ``config.validation_samples`` of them are held out.
+        prefix_length: tokens of the prefix. Behind a prefix, position 0 of a sample has no say, as
+            in calibration.
+        quantized: False where only the float stream is wanted (no block is tuned).
+    """
+
+    def __init__(
+        self,
+        decoder: FloatDecoder,
+        samples: Tensor,
+        prefix_length: int,
+        config: FinetuneConfig,
+        seed: int,
+        *,
+        quantized: bool = True,
+    ):
+        self.config, self.seed = config, seed
+        self.shape, self.device = decoder.shape, decoder.device
+        self.counted = slice(1 if prefix_length else 0, None)
+        self.rope = decoder.rope(samples.shape[1])
+        self.trained = len(samples) - config.validation_samples
+        shape = (*samples.shape, decoder.geometry.hidden)
+        place = choose_place(config.activations, 8 * samples.numel() * shape[2], self.device)
+        self.floating = ActivationStore(shape, self.device, place, folder=config.folder)
+        self.quantized = (
+            ActivationStore(shape, self.device, place, folder=config.folder) if quantized else None
+        )
+        for start in range(0, len(samples), _FORWARD_BATCH):
+            rows = slice(start, start + _FORWARD_BATCH)
+            embedded = decoder.embed(samples[rows])
+            for store in self._stores():
+                store.write(rows, embedded)
+        self._learned: LearnedBlock | None = None
+        self._stepper: Stepper | None = None
+
+    def _stores(self) -> list[ActivationStore]:
+        return [store for store in (self.floating, self.quantized) if store is not None]
+
+    def advance_float(self, block: BlockWeights, prefix: PrefixKV) -> None:
+        """Takes the float stream through the float block."""
+        self.floating.advance(
+            lambda x: block_forward(block, self.shape, x, self.rope, prefix), _FORWARD_BATCH
+        )
+
+    def advance_quantized(self, block: CalibratedBlock, prefix: PrefixKV) -> None:
+        """Takes the quantized stream through the finished block."""
+        self.quantized.advance(
+            lambda x: block_forward(
+                block.simulated, self.shape, x, self.rope, prefix, block.scales
+            ),
+            _FORWARD_BATCH,
+        )
+
+    def tune(
+        self,
+        index: int,
+        original: BlockWeights,
+        block: CalibratedBlock,
+        prefix: PrefixKV,
+        on_epoch: Callable[[], None] = lambda: None,
+    ) -> tuple[CalibratedBlock, dict]:
+        """Trains one block from ``block`` on; the float stream must be past it, the quantized one
+        before it.
+
+        Returns:
+            The tuned block, and what happened for the report.
+        """
+        start = time.monotonic()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        fresh = LearnedBlock(block, original, prefix, Learned(weights=True))
+        with training_mode(self.device):
+            self._prepare(fresh)
+            generator = torch.Generator().manual_seed(_block_seed(self.seed, index))
+            log = train(
+                self._stepper,
+                self._schedule(),
+                generator,
+                self._load,
+                self._validate,
+                self._learned.snapshot,
+                self._learned.restore,
+                on_epoch,
+            )
+        tuned, _ = self._learned.freeze()
+        report = log.to_dict() | {"seconds": time.monotonic() - start}
+        if self.device.type == "cuda":
+            report["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        return tuned, report
+
+    def _schedule(self) -> Schedule:
+        return Schedule(
+            self.config.epochs,
+            self.trained,
+            self._x.shape[0],
+            self.config.patience,
+            self.floating.values.device,
+        )
+
+    def _prepare(self, fresh: LearnedBlock) -> None:
+        """Puts a block's values where the (captured) step reads them."""
+        if self._learned is None:
+            batch = min(self.config.batch, self.trained)
+            self._x = torch.zeros(batch, *self.floating.values.shape[1:], device=self.device)
+            self._target = torch.zeros_like(self._x)
+            self._learned = fresh
+            kept = fresh.snapshot()
+            groups = fresh.parameter_groups(self.config.weight_rate, self.config.scale_rate)
+            self._stepper = Stepper(groups, self._loss, self.device, self.config.graphs)
+            fresh.restore(kept)
+        else:
+            self._learned.copy_from(fresh)
+        self._stepper.reset()
+
+    def _load(self, rows: Tensor) -> None:
+        self._x.copy_(self.quantized.read(rows))
+        self._target.copy_(self.floating.read(rows))
+
+    def _error(self, x: Tensor, target: Tensor) -> Tensor:
+        block, scales, prefix = self._learned.materialize()
+        out = block_forward(block, self.shape, x, self.rope, prefix, scales)
+        return (out - target)[:, self.counted].float().square().mean()
+
+    def _loss(self) -> Tensor:
+        return self._error(self._x, self._target)
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        total = torch.zeros((), device=self.device)
+        held_out = range(self.trained, len(self.floating), _FORWARD_BATCH)
+        for first in held_out:
+            rows = slice(first, first + _FORWARD_BATCH)
+            x = self.quantized.read(rows)
+            total += self._error(x, self.floating.read(rows)) * len(x)
+        return total.item() / self.config.validation_samples
+
+
+def _block_seed(seed: int, index: int) -> int:
+    """Each block draws its own order, so a run that resumes at it draws the same."""
+    return seed * 1_000_003 + index

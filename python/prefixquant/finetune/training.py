@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both phases of fine-tuning share: precision, the optimizer step, the best of validation."""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from prefixquant.quantizer import matmul_dtype
+
+LEAST_RATE = 0.1  # the cosine schedule ends at this part of the rate
+_WARMUP_STEPS = 3  # eager steps before a CUDA graph is captured: they allocate what it needs
+
+
+@contextlib.contextmanager
+def training_mode(device: torch.device) -> Iterator[None]:
+    """bfloat16 products where the device has them, TF32 for the rest, and the same bits each time.
+
+    Determinism matters more than the few percent it costs: a run that was killed and resumed has to
+    end at the same integers.
+    """
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    low = matmul_dtype(device) is torch.bfloat16
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        # cache_enabled=False: every weight is used once a step, a cache would only keep copies.
+        with (
+            warnings.catch_warnings(),
+            torch.enable_grad(),
+            torch.autocast(device.type, torch.bfloat16, enabled=low, cache_enabled=False),
+        ):
+            # cuBLAS is deterministic on the one stream used here, whatever its workspace.
+            warnings.filterwarnings("ignore", message="Deterministic behavior was enabled")
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+class Stepper:
+    """AdamW on a loss that reads fixed buffers; on a CUDA device one step is one graph.
+
+    A block has hundreds of small operations: launched one by one they take three times as long as
+    they run. The graph is captured on the values at hand, so the caller sets parameters and buffers
+    afterwards and calls `reset`.
+
+    Args:
+        groups: parameter groups with their ``lr``.
+        loss: computes the scalar loss.
+        device: where all of it lives.
+        graph: capture the step; needs a CUDA device.
+    """
+
+    def __init__(
+        self, groups: list[dict], loss: Callable[[], Tensor], device: torch.device, graph: bool
+    ):
+        on_gpu = device.type == "cuda"
+        self.rates = [group["lr"] for group in groups]
+        self.loss = loss
+        self.total = torch.zeros((), device=device)  # sum of the losses since it was last read
+        self.optimizer = torch.optim.AdamW(
+            [
+                {**g, "lr": torch.tensor(g["lr"], device=device) if on_gpu else g["lr"]}
+                for g in groups
+            ],
+            weight_decay=0.0,
+            capturable=on_gpu,
+            fused=on_gpu or None,
+        )
+        self.graph = self._capture() if graph and on_gpu else None
+
+    def _eager(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        self.total += loss.detach()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARMUP_STEPS):
+                self._eager()
+        torch.cuda.current_stream().wait_stream(side)
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._eager()
+        return graph
+
+    def step(self, fraction: float) -> None:
+        """One step; ``fraction`` of the training is done."""
+        factor = LEAST_RATE + (1 - LEAST_RATE) * 0.5 * (1 + math.cos(math.pi * fraction))
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * factor)
+            else:
+                group["lr"] = rate * factor
+        if self.graph is None:
+            self._eager()
+        else:
+            self.graph.replay()
+
+    def reset(self) -> None:
+        """Forgets the moments and the number of steps, in place."""
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+        self.total.zero_()
+
+
+@dataclass
+class TrainingLog:
+    """Losses of one training: of validation before it and after every epoch, of training."""
+
+    validation: list[float]
+    training: list[float] = field(default_factory=list)
+    best_epoch: int = 0  # 0: the start was never improved on
+
+    def to_dict(self) -> dict:
+        return {
+            "validation_loss": self.validation,
+            "training_loss": self.training,
+            "best_epoch": self.best_epoch,
+        }
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``epochs`` passes over ``samples`` in batches; stops after ``patience`` epochs without gain."""
+
+    epochs: int
+    samples: int
+    batch: int
+    patience: int
+    index_device: torch.device  # where the samples are indexed
+
+    @property
+    def batches(self) -> int:
+        """A last smaller batch is left out: shapes stay the same for the graph."""
+        return max(1, self.samples // self.batch)
+
+
+def train(
+    stepper: Stepper,
+    schedule: Schedule,
+    generator: torch.Generator,
+    load: Callable[[Tensor], None],
+    validate: Callable[[], float],
+    snapshot: Callable[[], object],
+    restore: Callable[[object], None],
+    on_epoch: Callable[[], None] = lambda: None,
+) -> TrainingLog:
+    """Trains and leaves the parameters that validated best, the start included.
+
+    Args:
+        generator: draws the order of samples.
+        load: puts the samples of an index tensor [batch] into the buffers that the loss reads.
+        validate: the mean loss on samples held out.
+    """
+    log = TrainingLog([validate()])
+    best, kept = log.validation[0], snapshot()
+    steps = schedule.epochs * schedule.batches
+    for epoch in range(schedule.epochs):
+        order = torch.randperm(schedule.samples, generator=generator).to(schedule.index_device)
+        for index in range(schedule.batches):
+            load(order[index * schedule.batch : (index + 1) * schedule.batch])
+            stepper.step((epoch * schedule.batches + index) / steps)
+        log.training.append(stepper.total.item() / schedule.batches)
+        stepper.total.zero_()
+        log.validation.append(validate())
+        on_epoch()
+        if log.validation[-1] < best:
+            best, kept, log.best_epoch = log.validation[-1], snapshot(), epoch + 1
+        elif epoch + 1 - log.best_epoch >= schedule.patience:
+            break
+    restore(kept)
+    return log
