@@ -197,6 +197,9 @@ def test_version():
         (["--eta", "0.5"], ["eta", "0.5"]),
         (["--eta", "nan"], ["eta"]),
         (["--r4-block-size", "-1"], ["r4_block_size"]),
+        (["--epochs", "-1"], ["epochs", "-1"]),
+        (["--epochs", "1", "--train-samples", "8"], ["train_samples", "8"]),
+        (["--epochs", "1", "--train-samples", "100000"], ["training text", "needed"]),
         (["--r4-block-size", "48"], ["48"]),
         (["--device", "abacus"], ["device", "abacus"]),
         (["--device", "cuda:99"], ["cuda:99"]),
@@ -349,7 +352,7 @@ def test_bad_prompt(checkpoint, model_folder):
 
 
 def test_unwritable_output(model_folder, tmp_path, monkeypatch):
-    """A full disk is one line too, and leaves nothing."""
+    """A full disk is one line too; the work done until then can be picked up."""
     import errno
 
     from prefixquant import checkpoint as module
@@ -360,7 +363,12 @@ def test_unwritable_output(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_write_shards", full)
     result = run("quantize", model_folder, "-o", tmp_path / "out", *SMALL)
     assert_one_line_error(result, "No space left on device")
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == [".out.resume"]
+    monkeypatch.undo()
+    again = run("quantize", model_folder, "-o", tmp_path / "out", *SMALL)
+    assert_one_line_error(again, "--resume", "--overwrite")
+    assert run("quantize", model_folder, "-o", tmp_path / "out", *SMALL, "--resume").exit_code == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_bug_keeps_its_traceback(model_folder, tmp_path, monkeypatch):
@@ -372,7 +380,18 @@ def test_a_bug_keeps_its_traceback(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_write_shards", bug)
     with pytest.raises(ZeroDivisionError):
         run("quantize", model_folder, "-o", tmp_path / "out", *SMALL)
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == [".out.resume"]
+
+
+def test_fine_tuning(model_folder, tmp_path):
+    options = ["--epochs", "1", "--e2e-epochs", "1", "--train-samples", "9"]
+    result = run("quantize", model_folder, "-o", tmp_path / "out", *SMALL, *options, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["recipe"]["finetune"]["epochs"] == 1
+    assert all(len(b["fine_tuning"]["training_loss"]) == 1 for b in report["blocks"])
+    assert len(report["end_to_end"]["validation_loss"]) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 # ---------------------------------------------------------------------------- as a process

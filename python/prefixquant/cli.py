@@ -16,7 +16,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from prefixquant.config import COMPENSATION, PREFIX_MODES, SOLVERS, RecipeConfig, Scheme
+from prefixquant.config import (
+    COMPENSATION,
+    PREFIX_MODES,
+    SOLVERS,
+    FinetuneConfig,
+    RecipeConfig,
+    Scheme,
+)
 from prefixquant.errors import UserError
 
 _USER_ERRNOS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
@@ -102,6 +109,15 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
     r4_block_size: Annotated[
         int, typer.Option(help="Block of the Hadamard before down_proj; 0: one for the whole.")
     ] = 0,
+    epochs: Annotated[
+        int, typer.Option(help="Fine-tune each block for so many epochs; 0: not at all.")
+    ] = 0,
+    e2e_epochs: Annotated[
+        int, typer.Option(help="Then all blocks together, against the float model's logits.")
+    ] = 0,
+    train_samples: Annotated[
+        int, typer.Option(help="Windows of 1024 tokens for fine-tuning.")
+    ] = FinetuneConfig.samples,
     seed: Seed = 0,
     device: Device = "cpu",
     eval_text: Annotated[
@@ -112,6 +128,9 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing prefixquant checkpoint.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was interrupted.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -131,6 +150,7 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
         search_seqlen=search_seqlen,
         r4_block_size=r4_block_size,
         seed=seed,
+        finetune=FinetuneConfig(epochs=epochs, e2e_epochs=e2e_epochs, samples=train_samples),
     )
     output = check_output_folder(output, overwrite)
     calibration_text = texts.load_text(calib)
@@ -150,14 +170,18 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
     with progress.stage("load the model"):
         float_model, tokenizer = load_float_model(model)
         float_model.to(where)
+    tokens = workflow.calibration_tokens(calibration_text, tokenizer)
     report = workflow.quantize_and_save(
         float_model,
         tokenizer,
         recipe,
-        workflow.calibration_tokens(calibration_text, tokenizer),
+        tokens,
         output,
         origin=workflow.Origin(model, calib),
         overwrite=overwrite,
+        state=workflow.block_state(
+            float_model, recipe, tokens, output, resume=resume, overwrite=overwrite
+        ),
         progress=progress,
     )
     # Measured after it is saved: a failing evaluation must not cost the quantization.

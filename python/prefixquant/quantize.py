@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from prefixquant import __version__, ops
 from prefixquant.block import PrefixKV
-from prefixquant.calibrate import CalibratedBlock, Streams, calibrate_block
+from prefixquant.block_pipeline import BlockPipeline, Samples
+from prefixquant.calibrate import CalibratedBlock
 from prefixquant.config import QuantizationConfig, RecipeConfig
 from prefixquant.decoder import FloatDecoder
 from prefixquant.errors import UnsupportedModelError
 from prefixquant.prefix import PrefixSearch, prefix_texts, search_prefix
 from prefixquant.progress import SILENT, Progress
+from prefixquant.resume import BlockState
 from prefixquant.roles import model_geometry, model_roles
 from prefixquant.rotate import RotationPlan, plan_rotations
-from prefixquant.solvers import WeightSolver
 from prefixquant.text import sample_windows
 
 
@@ -39,26 +40,27 @@ def quantize(
     calibration: Tensor,
     progress: Progress = SILENT,
     search: PrefixSearch | None = None,
+    state: BlockState | None = None,
 ) -> QuantizedModel:
     """Quantizes a causal LM to static ``recipe.scheme``; ``model`` is not changed.
 
     Scan and prefix on ``nsamples`` windows of ``seqlen`` tokens, then block by block rotation,
-    scale search and integer weights on ``search_samples`` windows of ``search_seqlen``. Beside the
-    model there is one block and its activations in memory, and the quantized tensors.
+    scale search and integer weights on ``search_samples`` windows of ``search_seqlen``; then
+    fine-tuning, if ``recipe.finetune`` asks for it. Beside the model there is one block and its
+    activations in memory, and the quantized tensors; all blocks where they are trained end to end.
 
     Args:
         model: a transformers model of a supported family, on the device to work on.
         calibration: int64 [n] token stream.
         search: the result of an earlier `search_prefix` on the same model, to not repeat it.
+        state: keeps finished blocks, and gives those of an earlier run that was interrupted.
 
     Raises:
         UnsupportedModelError: architecture or sizes that cannot be quantized.
         UserError: too little calibration text, or a wrong recipe.
     """
     plan = _plan(model, recipe)
-    search_samples = sample_windows(
-        calibration, recipe.search_samples, recipe.search_seqlen, recipe.seed
-    )
+    samples = Samples.draw(recipe, calibration)
     device = next(model.parameters()).device
     seconds: dict[str, float] = {}
 
@@ -70,29 +72,26 @@ def quantize(
     start = time.monotonic()
     decoder = FloatDecoder(model, plan, device=device)
     packer = _Packer(decoder, _storage_dtype(model), recipe)
-    prefix = decoder.prefix(search.prefix)
-    embedded = decoder.embed(search_samples)
-    streams = Streams(embedded, embedded.clone())
-    rope = decoder.rope(recipe.search_seqlen)
-    solver = WeightSolver(recipe.solver, recipe.group_size, recipe.outlier_fraction)
+    pipeline = BlockPipeline(decoder, recipe, decoder.prefix(search.prefix), samples, state)
+    end_to_end = recipe.finetune.e2e_epochs
     blocks = []
-    with progress.stage("quantize blocks", total=len(decoder)) as advance:
+    total = len(decoder) * pipeline.steps_per_block
+    with progress.stage("quantize blocks", total=total) as advance:
         for index in range(len(decoder)):
-            calibrated = calibrate_block(
-                decoder.block(index),
-                decoder.shape,
-                recipe.scheme,
-                rope,
-                prefix[index],
-                streams,
-                solver,
-                recipe.compensation,
-            )
-            packer.add_block(index, calibrated, prefix[index])
-            blocks.append(_block_report(index, calibrated))
-            advance()
-    packer.add_ends()
+            finished = pipeline.run(index, advance)
+            blocks.append(finished.report)
+            if not end_to_end:
+                packer.add_block(index, finished.block, finished.prefix)
+    report = {"prefix": search.to_dict(tokenizer), "blocks": blocks, "stage_seconds": seconds}
     seconds["quantize_blocks"] = time.monotonic() - start
+    if end_to_end:
+        with progress.stage("train end to end", total=end_to_end) as advance:
+            trained, report["end_to_end"] = pipeline.end_to_end(advance)
+        for index, finished in enumerate(trained):
+            packer.add_block(index, finished.block, finished.prefix)
+            blocks[index] |= finished.report | {"relative_error": blocks[index]["relative_error"]}
+        seconds["train_end_to_end"] = report["end_to_end"]["seconds"]
+    packer.add_ends()
 
     outliers = recipe.outlier_fraction if recipe.solver == "quantease-outlier" else 0.0
     quantization = QuantizationConfig(
@@ -108,7 +107,6 @@ def quantize(
         group_size=recipe.group_size,
         outlier_fraction=outliers,
     )
-    report = {"prefix": search.to_dict(tokenizer), "blocks": blocks, "stage_seconds": seconds}
     return QuantizedModel(packer.tensors, quantization, report)
 
 
@@ -154,18 +152,6 @@ def _storage_dtype(model: nn.Module) -> torch.dtype:
     """The 16-bit dtype of what is not quantized: the model's own, float16 otherwise."""
     dtype = next(model.parameters()).dtype
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
-
-
-def _block_report(index: int, block: CalibratedBlock) -> dict[str, Any]:
-    scales = block.scales
-    report = {"block": index, "relative_error": block.relative_error}
-    report["weight_errors"] = block.weight_errors
-    report |= {f"{point}_scale": scale.item() for point, scale in scales.activations.items()}
-    for name in ("k", "v"):
-        scale = getattr(scales, name)
-        if scale is not None:
-            report[f"{name}_scale"] = scale.tolist()
-    return report
 
 
 class _Packer:

@@ -83,6 +83,7 @@ def quantize_and_save(  # noqa: PLR0913
     origin: Origin,
     search: Any = None,
     overwrite: bool = False,
+    state: Any = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Quantizes the model and writes the checkpoint with its reports and its model card.
@@ -90,6 +91,7 @@ def quantize_and_save(  # noqa: PLR0913
     Args:
         calibration: int64 [n], the token stream to calibrate on.
         search: the `PrefixSearch` of an earlier run on the same model, to not repeat it.
+        state: the `BlockState` that keeps finished blocks until the checkpoint is written.
 
     Returns:
         The report, as in report.json.
@@ -97,7 +99,7 @@ def quantize_and_save(  # noqa: PLR0913
     from prefixquant.quantize import quantize
 
     start = time.monotonic()
-    result = quantize(float_model, tokenizer, recipe, calibration, progress, search)
+    result = quantize(float_model, tokenizer, recipe, calibration, progress, search, state)
     report = quantize_report(
         result.report,
         recipe,
@@ -122,7 +124,34 @@ def quantize_and_save(  # noqa: PLR0913
             extra_files=report_files(report, config, result.quantization),
             overwrite=overwrite,
         )
+    if state is not None:
+        state.discard()
     return report
+
+
+def block_state(
+    float_model: Any,
+    recipe: RecipeConfig,
+    calibration: torch.Tensor,
+    output: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Any:
+    """The `BlockState` of a run that makes ``output``.
+
+    Raises:
+        UserError: an unfinished run is kept there and neither ``resume`` nor ``overwrite`` is
+            given, or it was another run.
+    """
+    import shutil
+
+    from prefixquant.resume import BlockState, run_fingerprint, state_folder
+
+    folder = state_folder(output)
+    if overwrite and not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    return BlockState(folder, run_fingerprint(float_model, recipe, calibration), resume=resume)
 
 
 def report_files(

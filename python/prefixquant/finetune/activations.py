@@ -60,7 +60,7 @@ class ActivationStore:
 
 
 def choose_place(place: str, needed_bytes: int, device: torch.device) -> str:
-    """"auto": on the device where the streams take less than a third of its free memory."""
+    """ "auto": on the device where the streams take less than a third of its free memory."""
     if place != "auto" or device.type != "cuda":
         return "device" if place == "auto" else place
     free, _ = torch.cuda.mem_get_info(device)

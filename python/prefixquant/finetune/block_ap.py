@@ -90,12 +90,13 @@ class BlockTuner:
         block: CalibratedBlock,
         prefix: PrefixKV,
         on_epoch: Callable[[], None] = lambda: None,
-    ) -> tuple[CalibratedBlock, dict]:
+    ) -> tuple[CalibratedBlock, dict[str, Tensor], dict]:
         """Trains one block from ``block`` on; the float stream must be past it, the quantized one
         before it.
 
         Returns:
-            The tuned block, and what happened for the report.
+            The tuned block, the floating weights behind its integers (role -> [N, K]), and what
+            happened for the report.
         """
         start = time.monotonic()
         if self.device.type == "cuda":
@@ -118,7 +119,7 @@ class BlockTuner:
         report = log.to_dict() | {"seconds": time.monotonic() - start}
         if self.device.type == "cuda":
             report["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
-        return tuned, report
+        return tuned, self._learned.floating_weights(), report
 
     def _schedule(self) -> Schedule:
         return Schedule(

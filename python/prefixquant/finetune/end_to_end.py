@@ -175,9 +175,7 @@ class EndToEnd:
                 )
             else:
                 x = self._through(learned, x)
-        hidden, target = (
-            normed(t[:, self.counted], self.eps).flatten(0, 1) for t in (x, target)
-        )
+        hidden, target = (normed(t[:, self.counted], self.eps).flatten(0, 1) for t in (x, target))
         return DistillationLoss.apply(hidden, target, self.teacher.head)
 
     def _loss(self) -> Tensor:
@@ -191,5 +189,3 @@ class EndToEnd:
             x = self.embedded.read(rows)
             total += self._divergence(x, self.teacher.hidden.read(rows)).item() * len(x)
         return total / self.config.validation_samples
-
-

@@ -5,8 +5,8 @@ Everything learned is a change relative to where calibration left it, so that on
 suits all tensors of all models:
 
 - a weight scale is ``s = s0 * exp(theta)``, theta [N]; so are the activation and K/V scales;
-- a weight is kept in parts of its channel's range, ``w = W / (s0 * 2^(b-1))``, so that 4-bit weights
-  are 1/8 from one level to the next whatever their size;
+- a weight is kept in parts of its channel's range, ``w = W / (s0 * 2^(b-1))``, so that two levels
+  of 4 bits are 1/8 apart whatever the weight's size;
 - a norm weight is ``g0 * exp(gamma)``; the prefix K/V are ``kv0 + delta * rms(kv0)``.
 
 At the start, integers and scales are those of the calibrated block, bit for bit.
@@ -216,6 +216,15 @@ class LearnedBlock(nn.Module):
             scales.k, scales.v = scales.k.clone(), scales.v.clone()
         block.weights = {role: w.dequantize() for role, w in solved.items()}
         return CalibratedBlock(solved, scales, block, self.relative_error), prefix
+
+    @torch.no_grad()
+    def floating_weights(self) -> dict[str, Tensor]:
+        """The trained weights before rounding: role -> float32 [N, K]."""
+        half, found = 2 ** (self.bits - 1), {}
+        for index, roles in enumerate(self.stacks):
+            weight = self.latents[index] * (self._buffer("weight_scale", index) * half)[:, None]
+            found |= zip(roles, weight.split(list(roles.values())), strict=True)
+        return found
 
 
 def _weight_bits(solved: dict[str, QuantizedWeight]) -> int:

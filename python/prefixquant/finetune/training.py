@@ -138,7 +138,7 @@ class TrainingLog:
 
 @dataclass(frozen=True)
 class Schedule:
-    """``epochs`` passes over ``samples`` in batches; stops after ``patience`` epochs without gain."""
+    """``epochs`` passes over ``samples``; ends after ``patience`` epochs without gain."""
 
     epochs: int
     samples: int

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens to each block on its way into a checkpoint: calibrate, fine-tune, remember."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixquant.block import PrefixKV, block_forward
+from prefixquant.calibrate import CalibratedBlock, Streams, calibrate_block
+from prefixquant.config import RecipeConfig
+from prefixquant.decoder import FloatDecoder
+from prefixquant.finetune import BlockTuner, EndToEnd, Learned, LearnedBlock, Teacher
+from prefixquant.resume import BlockState, SavedBlock
+from prefixquant.roles import BlockWeights
+from prefixquant.solvers import WeightSolver
+from prefixquant.text import sample_windows
+
+_SEARCH_BATCH = 2  # as in calibration: the same products give the same bits
+
+
+@dataclass
+class FinishedBlock:
+    """A block as it goes into the checkpoint."""
+
+    block: CalibratedBlock
+    prefix: PrefixKV
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The windows of the calibration text that blocks are made on: int64 [n, T]."""
+
+    search: Tensor
+    training: Tensor | None  # where fine-tuning is asked for
+
+    @classmethod
+    def draw(cls, recipe: RecipeConfig, calibration: Tensor) -> "Samples":
+        """
+        Raises:
+            UserError: too little text.
+        """
+        tuning = recipe.finetune
+        return cls(
+            sample_windows(calibration, recipe.search_samples, recipe.search_seqlen, recipe.seed),
+            sample_windows(
+                calibration, tuning.samples, tuning.seqlen, recipe.seed, what="training text"
+            )
+            if tuning.active
+            else None,
+        )
+
+
+class BlockPipeline:
+    """Takes blocks through calibration and fine-tuning, in order.
+
+    Args:
+        prefix: K/V of the prefix in every block.
+        state: where finished blocks are kept; blocks found there are not made again.
+    """
+
+    def __init__(
+        self,
+        decoder: FloatDecoder,
+        recipe: RecipeConfig,
+        prefix: list[PrefixKV],
+        samples: Samples,
+        state: BlockState | None = None,
+    ):
+        self.decoder, self.recipe, self.prefix, self.state = decoder, recipe, prefix, state
+        embedded = decoder.embed(samples.search)
+        self.streams = Streams(embedded, embedded.clone())
+        self.rope = decoder.rope(recipe.search_seqlen)
+        self.training = samples.training
+        self.tuner: BlockTuner | None = None
+        if recipe.finetune.active:
+            self.tuner = BlockTuner(
+                decoder,
+                samples.training,
+                prefix[0].length,
+                recipe.finetune,
+                recipe.seed,
+                quantized=recipe.finetune.epochs > 0,
+            )
+        self._learned: list[LearnedBlock] = []
+
+    @property
+    def steps_per_block(self) -> int:
+        """How often `run` calls its ``advance`` for a block."""
+        return 1 + self.recipe.finetune.epochs
+
+    @property
+    def end_to_end_epochs(self) -> int:
+        return self.recipe.finetune.e2e_epochs
+
+    def run(self, index: int, advance: Callable[[int], None]) -> FinishedBlock:
+        """Makes one block, or takes it from the state, and moves all streams past it."""
+        original = self.decoder.block(index)
+        if self.tuner is not None:
+            self.tuner.advance_float(original, self.prefix[index])
+        saved = None if self.state is None else self.state.load(index, self.decoder.device)
+        if saved is None:
+            block, saved = self._make(index, original, advance)
+            if self.state is not None:
+                self.state.save(index, saved)
+        else:
+            block = saved.rebuild(original)
+            self._advance(self.streams.floating, original, None, index)
+            self._advance(self.streams.quantized, block.simulated, block.scales, index)
+            advance(self.steps_per_block)
+        if self.tuner is not None and self.tuner.quantized is not None:
+            self.tuner.advance_quantized(block, self.prefix[index])
+        if self.end_to_end_epochs:
+            self._learned.append(self._start_of_end_to_end(index, original, block, saved.latents))
+        return FinishedBlock(block, self.prefix[index], saved.report)
+
+    def _make(
+        self, index: int, original: BlockWeights, advance: Callable[[int], None]
+    ) -> tuple[CalibratedBlock, SavedBlock]:
+        tuning = self.recipe.finetune.epochs > 0
+        entering = self.streams.quantized.clone() if tuning else None
+        block = calibrate_block(
+            original,
+            self.decoder.shape,
+            self.recipe.scheme,
+            self.rope,
+            self.prefix[index],
+            self.streams,
+            WeightSolver(self.recipe.solver),
+        )
+        advance(1)
+        latents: dict[str, Tensor] = {}
+        report: dict[str, Any] = {}
+        if tuning:
+            epochs = 0
+
+            def on_epoch() -> None:
+                nonlocal epochs
+                epochs += 1
+                advance(1)
+
+            report["calibrated_error"] = block.relative_error
+            block, latents, report["fine_tuning"] = self.tuner.tune(
+                index, original, block, self.prefix[index], on_epoch
+            )
+            advance(self.recipe.finetune.epochs - epochs)
+            self.streams.quantized.copy_(entering)
+            self._advance(self.streams.quantized, block.simulated, block.scales, index)
+            block.relative_error = _relative_error(self.streams)
+        if not (self.end_to_end_epochs and self.recipe.finetune.e2e_weights):
+            latents = {}
+        report = block_report(index, block) | report
+        return block, SavedBlock(block.weights, block.scales, report, latents)
+
+    def _advance(self, stream: Tensor, block: BlockWeights, scales, index: int) -> None:
+        for part in stream.split(_SEARCH_BATCH):  # views: the stream is updated in place
+            part.copy_(
+                block_forward(
+                    block, self.decoder.shape, part, self.rope, self.prefix[index], scales
+                )
+            )
+
+    def _start_of_end_to_end(
+        self,
+        index: int,
+        original: BlockWeights,
+        block: CalibratedBlock,
+        latents: dict[str, Tensor],
+    ) -> LearnedBlock:
+        config = self.recipe.finetune
+        learned = Learned(config.e2e_weights, config.e2e_norms, config.e2e_prefix)
+        start = dataclasses.replace(original, weights={**original.weights, **latents})
+        return LearnedBlock(block, start, self.prefix[index], learned)
+
+    def end_to_end(self, advance: Callable[[int], None]) -> tuple[list[FinishedBlock], dict]:
+        """Trains all blocks together; they are done when the last one has been run.
+
+        Returns:
+            The blocks as they are afterwards, and what happened for the report.
+        """
+        start = time.monotonic()
+        teacher = Teacher(self.tuner.floating, self._head())
+        training = EndToEnd(
+            self.decoder,
+            self._learned,
+            self.training,
+            teacher,
+            self.recipe.finetune,
+            self.recipe.seed,
+        )
+        report = training.run(lambda: advance(1))
+        finished = []
+        for index, learned in enumerate(self._learned):
+            block, prefix = learned.freeze()
+            finished.append(FinishedBlock(block, prefix, block_report(index, block)))
+        return finished, report | {"seconds": time.monotonic() - start}
+
+    def _head(self) -> Tensor:
+        return self.decoder.head_weight().to(self.decoder.device, torch.float32)
+
+
+def _relative_error(streams: Streams) -> float:
+    error = (streams.quantized - streams.floating).square().sum()
+    return (error / streams.floating.square().sum()).item()
+
+
+def block_report(index: int, block: CalibratedBlock) -> dict[str, Any]:
+    scales = block.scales
+    report = {"block": index, "relative_error": block.relative_error}
+    report |= {f"{point}_scale": scale.item() for point, scale in scales.activations.items()}
+    for name in ("k", "v"):
+        scale = getattr(scales, name)
+        if scale is not None:
+            report[f"{name}_scale"] = scale.tolist()
+    return report

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The finished blocks of a quantization, kept beside its output until the checkpoint stands.
+
+A folder holds one JSON file that says what is being made of what, and one safetensors file for
+every finished block. Each file takes its name when it is complete, so a run that is killed at any
+moment leaves whole blocks. Nothing in the folder can be taken for a checkpoint.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from prefixquant import __version__
+from prefixquant.block import BlockScales
+from prefixquant.calibrate import CalibratedBlock
+from prefixquant.config import RecipeConfig
+from prefixquant.errors import UserError
+from prefixquant.roles import BlockWeights
+from prefixquant.solvers import QuantizedWeight
+
+_RUN = "run.json"
+
+
+def state_folder(output: str | os.PathLike) -> Path:
+    """Where the state of a run that makes ``output`` is kept."""
+    output = Path(output).resolve()
+    return output.parent / f".{output.name}.resume"
+
+
+def run_fingerprint(model: nn.Module, recipe: RecipeConfig, calibration: Tensor) -> dict[str, str]:
+    """What the blocks of a run depend on, by name; two runs with the same make the same bits."""
+    config = model.config.to_json_string(use_diff=False)
+    tensors = sorted(model.state_dict().items())
+    return {
+        "model": _digest([config.encode(), *_tensor_bytes(tensors)]),
+        "calibration text": _digest(_tensor_bytes([("tokens", calibration)])),
+        "recipe": json.dumps(dataclasses.asdict(recipe), sort_keys=True),
+        "device": _device_name(next(model.parameters()).device),
+        "prefixquant": __version__,
+        "torch": torch.__version__,
+    }
+
+
+def _tensor_bytes(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[Any]:
+    for name, tensor in tensors:
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _digest(parts: Iterable[Any]) -> str:
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part)
+    return total.hexdigest()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@dataclasses.dataclass
+class SavedBlock:
+    """What is kept of a finished block: integers and scales, the report's entry, and the floating
+    weights that fine-tuning left behind the integers (role -> [N, K]; empty if not needed)."""
+
+    weights: dict[str, QuantizedWeight]
+    scales: BlockScales
+    report: dict[str, Any]
+    latents: dict[str, Tensor]
+
+    def rebuild(self, original: BlockWeights) -> CalibratedBlock:
+        """The block again, as it was before it was saved."""
+        dtype = next(iter(original.weights.values())).dtype
+        weights = {role: w.dequantize(dtype) for role, w in self.weights.items()}
+        simulated = dataclasses.replace(original, weights={**original.weights, **weights})
+        error = self.report["relative_error"]
+        return CalibratedBlock(self.weights, self.scales, simulated, error)
+
+
+class BlockState:
+    """The state folder of one run.
+
+    Args:
+        folder: made when the first block is kept.
+        fingerprint: `run_fingerprint` of this run.
+        resume: continue what is there; else only an empty or missing folder will do.
+
+    Raises:
+        UserError: the folder holds blocks of another run, or there are some and ``resume`` is off.
+    """
+
+    def __init__(self, folder: Path, fingerprint: dict[str, str], *, resume: bool):
+        self.folder, self.fingerprint = folder, fingerprint
+        known = folder / _RUN
+        if known.exists():
+            if not resume:
+                raise UserError(
+                    f"{folder}: holds the blocks of an unfinished run; continue it with --resume, "
+                    "or discard it with --overwrite"
+                )
+            _check_same(known, fingerprint)
+
+    def discard(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    def save(self, index: int, block: SavedBlock) -> None:
+        """Keeps a finished block; when this returns it is on the disk."""
+        if not (self.folder / _RUN).exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self.folder / _RUN, json.dumps(self.fingerprint, indent=1).encode())
+        tensors: dict[str, Tensor] = {f"latent.{r}": w for r, w in block.latents.items()}
+        bits = {}
+        for role, weight in block.weights.items():
+            bits[role] = weight.bits
+            tensors |= {f"q.{role}": weight.q, f"scale.{role}": weight.scale}
+            outliers = getattr(weight, "outliers", None)
+            if outliers is not None:
+                tensors[f"outlier_index.{role}"] = outliers.index
+                tensors[f"outlier_value.{role}"] = outliers.value
+        scales = block.scales
+        tensors |= {f"activation.{point}": s for point, s in scales.activations.items()}
+        tensors |= {n: t for n, t in (("k", scales.k), ("v", scales.v)) if t is not None}
+        about = {
+            "weight_bits": bits,
+            "activation_bits": scales.activation_bits,
+            "kv_bits": scales.kv_bits,
+            "points": list(scales.activations),
+            "report": block.report,
+        }
+        partial = self._path(index).with_suffix(".partial")
+        save_file(
+            {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()},
+            partial,
+            metadata={"about": json.dumps(about)},
+        )
+        _take_name(partial, self._path(index))
+
+    def load(self, index: int, device: torch.device) -> SavedBlock | None:
+        """A block that was finished before, or None.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self._path(index)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                about = json.loads(file.metadata()["about"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return _decode(about, tensors)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged ({error}); start again with --overwrite") from error
+
+
+def _decode(about: dict[str, Any], tensors: dict[str, Tensor]) -> SavedBlock:
+    weights = {}
+    for role, bits in about["weight_bits"].items():
+        weights[role] = QuantizedWeight(tensors[f"q.{role}"], tensors[f"scale.{role}"], bits)
+        if f"outlier_index.{role}" in tensors:
+            from prefixquant.solvers.weight import Outliers
+
+            weights[role].outliers = Outliers(
+                tensors[f"outlier_index.{role}"], tensors[f"outlier_value.{role}"]
+            )
+    scales = BlockScales(
+        {point: tensors[f"activation.{point}"] for point in about["points"]},
+        tensors.get("k"),
+        tensors.get("v"),
+        about["activation_bits"],
+        about["kv_bits"],
+    )
+    latents = {n.removeprefix("latent."): t for n, t in tensors.items() if n.startswith("latent.")}
+    return SavedBlock(weights, scales, about["report"], latents)
+
+
+def _check_same(path: Path, fingerprint: dict[str, str]) -> None:
+    try:
+        known = json.loads(path.read_bytes())
+        different = sorted(k for k in {*known, *fingerprint} if known.get(k) != fingerprint.get(k))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}); start again with --overwrite") from error
+    if different:
+        raise UserError(
+            f"--resume: the unfinished run in {path.parent} was of another "
+            f"{' and another '.join(different)}; discard it with --overwrite"
+        )
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    _take_name(partial, path)
+
+
+def _take_name(partial: Path, path: Path) -> None:
+    """Flushes a finished file to the disk and gives it its name."""
+    for stage in ("file", "folder"):
+        handle = os.open(partial if stage == "file" else path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        if stage == "file":
+            os.replace(partial, path)

@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning: gradients of the quantizer, the learned block, Block-AP and end-to-end training."""
+
+import dataclasses
+
+import pytest
+import torch
+from prefixquant.block import PrefixKV, block_forward
+from prefixquant.calibrate import Streams, calibrate_block
+from prefixquant.config import FinetuneConfig, Scheme
+from prefixquant.decoder import FloatDecoder
+from prefixquant.errors import UserError
+from prefixquant.finetune import BlockTuner, EndToEnd, Learned, LearnedBlock, Teacher
+from prefixquant.finetune.activations import ActivationStore
+from prefixquant.finetune.end_to_end import DistillationLoss
+from prefixquant.finetune.training import Schedule, train
+from prefixquant.quantizer import fake_quantize, qrange
+from prefixquant.roles import model_geometry
+from prefixquant.rotate import plan_rotations
+from tiny_families import tiny_family
+
+CONFIG = FinetuneConfig(epochs=4, e2e_epochs=3, samples=20, seqlen=24, validation_samples=4)
+
+
+class Setting:
+    """A tiny model with its first block calibrated."""
+
+    def __init__(self, family: str = "llama", scheme: str = "w4a4kv4"):
+        model = tiny_family(family)
+        self.decoder = FloatDecoder(model, plan_rotations(model_geometry(model.config)))
+        self.prefix = self.decoder.prefix((3,))
+        self.scheme = Scheme.parse(scheme)
+        self.ids = torch.randint(0, 97, (20, 24), generator=torch.Generator().manual_seed(5))
+        start = self.decoder.embed(self.ids[:4])
+        self.streams = Streams(start, start.clone())
+
+    def calibrated(self, index: int):
+        """(float block, calibrated block); the streams move past it."""
+        original = self.decoder.block(index)
+        with torch.no_grad():
+            block = calibrate_block(
+                original,
+                self.decoder.shape,
+                self.scheme,
+                self.decoder.rope(24),
+                self.prefix[index],
+                self.streams,
+            )
+        return original, block
+
+    def tuner(self, config: FinetuneConfig = CONFIG) -> BlockTuner:
+        with torch.no_grad():
+            return BlockTuner(self.decoder, self.ids, 1, config, seed=7)
+
+
+def same_block(a, b) -> bool:
+    scales = [(a.scales.k, b.scales.k), (a.scales.v, b.scales.v)]
+    scales += [(s, b.scales.activations[p]) for p, s in a.scales.activations.items()]
+    weights = [(w.q, b.weights[r].q) for r, w in a.weights.items()]
+    weights += [(w.scale, b.weights[r].scale) for r, w in a.weights.items()]
+    return all(torch.equal(x, y) for x, y in scales + weights if x is not None)
+
+
+# ---------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("shape", [(), (5, 1), (3, 1, 1)])
+def test_quantizer_gradients_follow_the_lsq_formula(bits, shape):
+    x = (torch.randn(3, 5, 64) * 3).requires_grad_()
+    scale = (torch.rand(shape) * 4 / 2**bits + 0.05).requires_grad_()
+    out = fake_quantize(x, scale, bits)
+    outer = torch.randn_like(out)
+    out.backward(outer)
+
+    qmin, qmax = qrange(bits)
+    v = (x / scale).detach().double()
+    rounded = v.round()
+    inside = (rounded >= qmin) & (rounded <= qmax)
+    assert inside.any()
+    assert not inside.all()
+    assert torch.equal(x.grad, outer * inside)
+    local = torch.where(inside, rounded - v, rounded.clamp(qmin, qmax))
+    expected = (outer.double() * local).sum_to_size(scale.shape)
+    assert torch.allclose(scale.grad.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_quantizer_gradients_are_finite_differences_where_rounding_is_the_identity():
+    """Without its rounding the quantizer is ``clamp(v, qmin, qmax) * s`` plus the rounding error,
+    which straight-through holds constant in steps: differences of that are the gradients."""
+    x = torch.randn(200, dtype=torch.float64) * 3
+    scale, step = torch.tensor(0.31, dtype=torch.float64), 1e-6
+    qmin, qmax = qrange(4)
+    start = x / scale
+    rounded = start.round()
+    offset = rounded - start  # of each value, in steps
+
+    def surrogate(values, s):
+        q = values / s + offset
+        return torch.where((rounded >= qmin) & (rounded <= qmax), q, q.clamp(qmin, qmax)) * s
+
+    by_scale = (surrogate(x, scale + step) - surrogate(x, scale - step)) / (2 * step)
+    by_value = (surrogate(x + step, scale) - surrogate(x - step, scale)) / (2 * step)
+    leaf, s = x.float().requires_grad_(), scale.float().requires_grad_()
+    out = fake_quantize(leaf, s, 4)
+    for index in range(0, 200, 9):
+        grad_x, grad_s = torch.autograd.grad(out[index], (leaf, s), retain_graph=True)
+        assert grad_x[index].item() == pytest.approx(by_value[index].item(), abs=1e-4)
+        assert grad_s.item() == pytest.approx(by_scale[index].item(), abs=1e-3)
+
+
+def test_quantizer_gives_the_same_values_with_and_without_gradients():
+    x, scale = torch.randn(7, 33), torch.rand(7, 1) + 0.1
+    plain = fake_quantize(x, scale, 4)
+    assert torch.equal(fake_quantize(x.clone().requires_grad_(), scale, 4), plain)
+
+
+def test_distillation_loss_is_the_kl_divergence_with_its_gradient():
+    hidden = torch.randn(37, 12, requires_grad=True)
+    teacher, head = torch.randn(37, 12), torch.randn(50, 12)
+    loss = DistillationLoss.apply(hidden, teacher, head)
+    (3 * loss).backward()
+    copy = hidden.detach().double().requires_grad_()
+    q = (copy @ head.double().T).log_softmax(-1)
+    p = (teacher.double() @ head.double().T).log_softmax(-1)
+    expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")
+    (3 * expected).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(hidden.grad.double(), copy.grad, atol=1e-6)
+    same = DistillationLoss.apply(teacher, teacher, head)
+    assert same.item() == pytest.approx(0, abs=1e-6)
+
+
+# ---------------------------------------------------------------------------- learned block
+
+
+@pytest.mark.parametrize("scheme", ["w4a4kv4", "w4a8kv8", "w8a8kv16", "w4a16kv4"])
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_learned_block_starts_as_it_was_calibrated(scheme, weights):
+    setting = Setting("qwen3", scheme)
+    original, block = setting.calibrated(0)
+    learned = LearnedBlock(block, original, setting.prefix[0], Learned(weights, True, True))
+    frozen, prefix = learned.freeze()
+    assert same_block(frozen, block)
+    assert torch.equal(prefix.key, setting.prefix[0].key)
+    weights_now, scales, _ = learned.materialize()
+    x = setting.decoder.embed(setting.ids[:2])
+    arguments = (setting.decoder.shape, x, setting.decoder.rope(24), setting.prefix[0])
+    expected = block_forward(block.simulated, *arguments, block.scales)
+    found = block_forward(weights_now, *arguments, scales)
+    assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max().item())
+
+
+def test_integers_of_a_solver_survive_the_latent_weights():
+    """A solver may round a weight to another neighbour than the nearest."""
+    setting = Setting()
+    original, block = setting.calibrated(0)
+    for solved in block.weights.values():
+        moved = torch.randint(-1, 2, solved.q.shape, dtype=torch.int8)
+        solved.q = (solved.q + moved).clamp_(-8, 7)
+    learned = LearnedBlock(block, original, setting.prefix[0], Learned())
+    assert same_block(learned.freeze()[0], block)
+
+
+def test_every_learned_tensor_gets_a_gradient():
+    setting = Setting("qwen3")
+    original, block = setting.calibrated(0)
+    learned = LearnedBlock(block, original, setting.prefix[0], Learned(True, True, True))
+    weights, scales, prefix = learned.materialize()
+    x = setting.decoder.embed(setting.ids[:2])
+    out = block_forward(weights, setting.decoder.shape, x, setting.decoder.rope(24), prefix, scales)
+    out.square().sum().backward()
+    for name, parameter in learned.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_heads_keep_one_scale_at_8_bits():
+    setting = Setting("llama", "w4a8kv8")
+    original, block = setting.calibrated(0)
+    block.scales.k = block.scales.k.expand(3).contiguous()  # as if there were three heads
+    block.scales.v = block.scales.v.expand(3).contiguous()
+    learned = LearnedBlock(block, original, setting.prefix[0], Learned())
+    with torch.no_grad():
+        learned.scale_theta += torch.randn_like(learned.scale_theta)
+    scales = learned.freeze()[0].scales
+    assert scales.k.shape == scales.v.shape == (3,)
+    assert (scales.k == scales.k[0]).all()
+    assert not torch.equal(scales.k, block.scales.k)
+
+
+def test_grouped_scales_are_refused():
+    setting = Setting()
+    original, block = setting.calibrated(0)
+    block.weights["q"].scale = block.weights["q"].scale[:, None].repeat(1, 2)
+    with pytest.raises(UserError, match="one scale a channel"):
+        LearnedBlock(block, original, setting.prefix[0], Learned())
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def test_training_keeps_the_best_of_validation():
+    losses = iter([5.0, 4.0, 6.0, 3.0, 7.0, 8.0])
+    value = torch.zeros(())
+
+    class Steps:
+        total = torch.zeros(())
+
+        def step(self, fraction):
+            value.add_(1)
+
+    log = train(
+        Steps(),
+        Schedule(5, 8, 4, 2, torch.device("cpu")),
+        torch.Generator(),
+        lambda rows: None,
+        lambda: next(losses),
+        value.clone,
+        value.copy_,
+    )
+    assert value == 3 * 2  # two batches in each of three epochs
+    assert log.best_epoch == 3
+    assert log.validation == [5.0, 4.0, 6.0, 3.0, 7.0, 8.0]
+
+
+def test_training_stops_when_patience_ends_and_may_keep_the_start():
+    losses = iter([1.0, 2.0, 3.0, 0.1])
+    value = torch.zeros(())
+
+    class Steps:
+        total = torch.zeros(())
+
+        def step(self, fraction):
+            value.add_(1)
+
+    log = train(
+        Steps(),
+        Schedule(9, 4, 4, 2, torch.device("cpu")),
+        torch.Generator(),
+        lambda rows: None,
+        lambda: next(losses),
+        value.clone,
+        value.copy_,
+    )
+    assert value == 0
+    assert log.best_epoch == 0
+    assert len(log.training) == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_block_training_lowers_the_loss(family):
+    setting = Setting(family)
+    tuner = setting.tuner()
+    original, block = setting.calibrated(0)
+    tuner.advance_float(original, setting.prefix[0])
+    tuned, latents, report = tuner.tune(0, original, block, setting.prefix[0])
+    training, validation = report["training_loss"], report["validation_loss"]
+    assert training[-1] < 0.98 * training[0]
+    best = report["best_epoch"]
+    assert validation[best] == min(validation)
+    assert same_block(tuned, block) == (best == 0)
+    for role, weight in latents.items():
+        ratio = (weight / tuned.weights[role].scale[:, None]).round().clamp(-8, 7)
+        assert (ratio == tuned.weights[role].q).float().mean() > 0.999, role
+
+
+def test_position_0_has_no_say_behind_a_prefix():
+    setting = Setting()
+    original, block = setting.calibrated(0)
+    results = []
+    for change in (0.0, 1e4):
+        tuner = setting.tuner()
+        tuner.advance_float(original, setting.prefix[0])
+        tuner.floating.values[:, 0] += change
+        results.append(tuner.tune(0, original, block, setting.prefix[0])[0])
+    assert same_block(*results)
+
+
+def test_block_training_repeats_bit_for_bit_whatever_came_before():
+    setting = Setting()
+    original, block = setting.calibrated(0)
+    tuner = setting.tuner()
+    tuner.advance_float(original, setting.prefix[0])
+    first = tuner.tune(1, original, block, setting.prefix[0])[0]
+    other = tuner.tune(0, original, block, setting.prefix[0])[0]  # another order of samples
+    again = tuner.tune(1, original, block, setting.prefix[0])[0]
+    assert same_block(first, again)
+    assert not same_block(first, other)
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_activations_are_the_same_from_host_and_disk(place, tmp_path):
+    config = dataclasses.replace(CONFIG, epochs=1, activations=place, folder=str(tmp_path))
+    setting = Setting()
+    original, block = setting.calibrated(0)
+    tuned = []
+    for tuner in (setting.tuner(dataclasses.replace(CONFIG, epochs=1)), setting.tuner(config)):
+        tuner.advance_float(original, setting.prefix[0])
+        tuned.append(tuner.tune(0, original, block, setting.prefix[0])[0])
+        with torch.no_grad():
+            tuner.advance_quantized(tuned[-1], setting.prefix[0])
+    assert same_block(*tuned)
+    assert not list(tmp_path.iterdir())  # the file has no name
+
+
+def test_a_disk_store_reads_what_was_written(tmp_path):
+    store = ActivationStore((5, 3, 2), torch.device("cpu"), "disk", torch.bfloat16, tmp_path)
+    values = torch.arange(30).view(5, 3, 2).float()
+    store.write(slice(0, 5), values)
+    store.advance(lambda x: x + 1, batch=2)
+    assert torch.equal(store.read(torch.tensor([4, 0])), values[[4, 0]] + 1)
+
+
+@pytest.mark.parametrize("learned", [Learned(False), Learned(False, True, True), Learned(True)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_end_to_end_training_lowers_the_divergence(learned, checkpointing):
+    setting = Setting()
+    config = dataclasses.replace(CONFIG, checkpointing=checkpointing)
+    tuner = setting.tuner(config)
+    blocks, calibrated = [], []
+    for index in range(2):
+        original, block = setting.calibrated(index)
+        with torch.no_grad():
+            tuner.advance_float(original, setting.prefix[index])
+        calibrated.append(block)
+        blocks.append(LearnedBlock(block, original, setting.prefix[index], learned))
+    teacher = Teacher(tuner.floating, setting.decoder.head_weight().float())
+    with torch.no_grad():
+        training = EndToEnd(setting.decoder, blocks, setting.ids, teacher, config, 0)
+    report = training.run()
+    assert min(report["validation_loss"]) < report["validation_loss"][0]
+    frozen = [b.freeze()[0] for b in blocks]
+    for before, after in zip(calibrated, frozen, strict=True):
+        same_integers = all(torch.equal(w.q, before.weights[r].q) for r, w in after.weights.items())
+        assert same_integers != learned.weights
+
+
+def test_checkpointing_changes_no_bit():
+    results = []
+    for checkpointing in (False, True):
+        setting = Setting()
+        config = dataclasses.replace(CONFIG, checkpointing=checkpointing)
+        tuner = setting.tuner(config)
+        original, block = setting.calibrated(0)
+        with torch.no_grad():
+            tuner.advance_float(original, setting.prefix[0])
+        learned = LearnedBlock(block, original, setting.prefix[0], Learned(True, True, True))
+        teacher = Teacher(tuner.floating, setting.decoder.head_weight().float())
+        with torch.no_grad():
+            EndToEnd(setting.decoder, [learned], setting.ids, teacher, config, 0).run()
+        results.append(learned.freeze()[0])
+    assert same_block(*results)
+
+
+# ---------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"epochs": -1}, "epochs"),
+        ({"batch": 0}, "batch"),
+        ({"samples": 8}, "train_samples"),
+        ({"weight_rate": 1.5}, "weight_rate"),
+        ({"activations": "tape"}, "activations"),
+    ],
+)
+def test_wrong_settings_are_named(change, match):
+    with pytest.raises(UserError, match=match):
+        FinetuneConfig(**change)
+
+
+def test_prefix_of_no_tokens():
+    """Without prefix every position counts, and there is no prefix to learn."""
+    setting = Setting()
+    empty = torch.zeros(1, 0, 16)
+    setting.prefix = [PrefixKV(empty, empty)] * 2
+    original, block = setting.calibrated(0)
+    learned = LearnedBlock(block, original, setting.prefix[0], Learned(True, True, True))
+    assert not learned.prefix_delta
+    with torch.no_grad():
+        tuner = BlockTuner(setting.decoder, setting.ids, 0, CONFIG, seed=0)
+        assert tuner.counted == slice(0, None)
+        tuner.advance_float(original, setting.prefix[0])
+    report = tuner.tune(0, original, block, setting.prefix[0])[2]
+    assert min(report["validation_loss"]) < report["validation_loss"][0]
