@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefixquant.quantizer import fake_quantize
+from prefixquant.quantizer import fake_quantize, fake_quantize_dynamic
 from prefixquant.roles import BlockWeights, Geometry
 from prefixquant.rotate import rotate_last_dim
 
@@ -29,9 +29,10 @@ class BlockShape:
 
 @dataclass
 class BlockScales:
-    """Static scales of one block. A point that is absent is not quantized.
+    """Scales of one block. A point that is absent is not quantized.
 
-    ``activations``: point -> float32 []; ``k``, ``v``: float32 [H_kv] or None.
+    ``activations``: point -> float32 []; ``k``, ``v``: float32 [H_kv] or None. Static scales, or
+    where a mode is dynamic the clips of `fake_quantize_dynamic`, per token (and head).
     """
 
     activations: dict[str, Tensor] = field(default_factory=dict)
@@ -39,6 +40,8 @@ class BlockScales:
     v: Tensor | None = None
     activation_bits: int = 16
     kv_bits: int = 16
+    activation_mode: str = "static"
+    kv_mode: str = "static"
 
 
 @dataclass
@@ -78,12 +81,18 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def quantize_point(x: Tensor, point: str, scales: BlockScales) -> Tensor:
     scale = scales.activations.get(point)
-    return x if scale is None else fake_quantize(x, scale, scales.activation_bits)
+    if scale is None:
+        return x
+    quantizer = fake_quantize_dynamic if scales.activation_mode == "dynamic" else fake_quantize
+    return quantizer(x, scale, scales.activation_bits)
 
 
-def quantize_heads(x: Tensor, scale: Tensor | None, bits: int) -> Tensor:
-    """Fake quantization of K or V [B, H, T, D], one scale per head [H]."""
-    return x if scale is None else fake_quantize(x, scale[:, None, None], bits)
+def quantize_heads(x: Tensor, scale: Tensor | None, bits: int, mode: str = "static") -> Tensor:
+    """Fake quantization of K or V [B, H, T, D], one scale (or clip) per head [H]."""
+    if scale is None:
+        return x
+    quantizer = fake_quantize_dynamic if mode == "dynamic" else fake_quantize
+    return quantizer(x, scale[:, None, None], bits)
 
 
 def linear(block: BlockWeights, role: str, x: Tensor) -> Tensor:
@@ -145,8 +154,8 @@ def attention_half(
     q, k, v = project_qkv(block, shape, quantize_point(normed, "qkv", scales), rope)
     for name, value in (("q", q), ("k", k), ("v", v)):
         tap(name, value)
-    k = quantize_heads(k, scales.k, scales.kv_bits)
-    v = quantize_heads(v, scales.v, scales.kv_bits)
+    k = quantize_heads(k, scales.k, scales.kv_bits, scales.kv_mode)
+    v = quantize_heads(v, scales.v, scales.kv_bits, scales.kv_mode)
     mixed = attend(q, k, v, prefix)
     tap("o", mixed)
     return x + linear(block, "o", quantize_point(mixed, "o", scales))

@@ -29,7 +29,7 @@ from prefixquant.block import (
 )
 from prefixquant.compensate import compensate, input_shortfall, output_shortfall
 from prefixquant.config import COMPENSATION, Scheme
-from prefixquant.quantizer import fake_quantize, matmul_dtype, minmax_scale
+from prefixquant.quantizer import fake_quantize, fake_quantize_dynamic, matmul_dtype, minmax_scale
 from prefixquant.roles import POINTS, BlockWeights
 from prefixquant.rotate import rotate_last_dim
 from prefixquant.solvers import QuantizedWeight, WeightSolver, layer_error
@@ -75,35 +75,42 @@ def _batches(*tensors: Tensor, size: int = 2) -> Iterable[tuple[Tensor, ...]]:
     return zip(*(t.split(size) for t in tensors), strict=True)
 
 
-def search_activation_scale(x: Tensor, weights: list[Tensor], bits: int) -> Tensor:
+def search_activation_scale(
+    x: Tensor, weights: list[Tensor], bits: int, mode: str = "static"
+) -> Tensor:
     """The scale s that minimises ``|(Q(x) - x) [W_1; W_2; ...]^T|^2``: the error that quantizing x
-    makes in the outputs of the linears that read it.
+    makes in the outputs of the linears that read it. In dynamic mode, the clip.
 
     Args:
         x: [..., K].
         weights: float [N_i, K].
+        mode: "static" or "dynamic".
 
     Returns:
         float32 [].
     """
     rows = x.reshape(-1, x.shape[-1])
-    start = minmax_scale(rows.abs().max(), bits)
+    quantizer, start = fake_quantize, minmax_scale(rows.abs().max(), bits)
+    if mode == "dynamic":
+        quantizer, start = fake_quantize_dynamic, torch.ones_like(start)
     rows = rows[:: max(1, len(rows) // _SEARCH_TOKENS)]
     dtype = matmul_dtype(x.device)
     readers = torch.cat(weights).to(dtype)
 
     def error(ratio: float) -> float:
-        delta = fake_quantize(rows, start * ratio, bits) - rows
+        delta = quantizer(rows, start * ratio, bits) - rows
         return F.linear(delta.to(dtype), readers).float().square().sum().item()
 
     errors = {ratio: error(ratio) for ratio in torch.linspace(_LOWEST[bits], 1, _STEPS).tolist()}
     coarse = min(errors, key=errors.get)
-    errors |= {coarse + step: error(coarse + step) for step in _FINE}
+    fine = [coarse + step for step in _FINE if mode == "static" or coarse + step <= 1]
+    errors |= {ratio: error(ratio) for ratio in fine}
     return start * min(errors, key=errors.get)
 
 
-def search_head_scales(x: Tensor, metric: Tensor, bits: int) -> Tensor:
-    """Per head the scale that minimises ``sum_t e_t G e_t^T`` with e = Q(x) - x.
+def search_head_scales(x: Tensor, metric: Tensor, bits: int, mode: str = "static") -> Tensor:
+    """Per head the scale (in dynamic mode the clip) that minimises ``sum_t e_t G e_t^T`` with
+    e = Q(x) - x.
 
     For K, G = q^T q of the queries that meet the head, which makes the sum the squared error of the
     attention logits; for V, G = W_o^T W_o of the o_proj columns that the head feeds.
@@ -114,13 +121,15 @@ def search_head_scales(x: Tensor, metric: Tensor, bits: int) -> Tensor:
     Returns:
         float32 [H].
     """
-    start = minmax_scale(x.abs().amax(dim=(0, 2, 3)), bits)
+    quantizer, start = fake_quantize, minmax_scale(x.abs().amax(dim=(0, 2, 3)), bits)
+    if mode == "dynamic":
+        quantizer, start = fake_quantize_dynamic, torch.ones_like(start)
     tokens = x.transpose(0, 1).flatten(1, 2)  # [H, B*T, D]
     tokens = tokens[:, :: max(1, tokens.shape[1] // _SEARCH_TOKENS)]
     best, least = start.clone(), torch.full_like(start, torch.inf)
     for ratio in _HEAD_RATIOS:
         scale = start * ratio
-        delta = fake_quantize(tokens, scale[:, None, None], bits) - tokens
+        delta = quantizer(tokens, scale[:, None, None], bits) - tokens
         error = ((delta @ metric) * delta).sum(dim=(1, 2))
         better = error < least
         best[better], least[better] = scale[better], error[better]
@@ -157,7 +166,12 @@ class _BlockQuantizer:
         # token would decide scales and Hessians, so it has no say. Without prefix it is in every
         # sequence, and counts.
         self.counted = slice(1 if prefix.length else 0, None)
-        self.scales = BlockScales(activation_bits=scheme.activation_bits, kv_bits=scheme.kv_bits)
+        self.scales = BlockScales(
+            activation_bits=scheme.activation_bits,
+            kv_bits=scheme.kv_bits,
+            activation_mode=scheme.activation_mode,
+            kv_mode=scheme.kv_mode,
+        )
         self.quantized: dict[str, QuantizedWeight] = {}
         self.weight_errors: dict[str, float] = {}
         self.simulated = BlockWeights(
@@ -184,7 +198,10 @@ class _BlockQuantizer:
         weights = [self.float_block.weights[role] for role in POINTS[name]]
         if self.scheme.activation_bits < 16:
             self.scales.activations[name] = search_activation_scale(
-                x[:, self.counted], weights, self.scheme.activation_bits
+                x[:, self.counted],
+                weights,
+                self.scheme.activation_bits,
+                self.scheme.activation_mode,
             )
         x = quantize_point(x, name, self.scales)
         if self.scheme.weight_bits < 16:
@@ -214,19 +231,22 @@ class _BlockQuantizer:
 
     def kv(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Searches the K and V scales and returns quantized k and v."""
-        bits, geometry = self.scheme.kv_bits, self.shape.geometry
+        bits, mode, geometry = self.scheme.kv_bits, self.scheme.kv_mode, self.shape.geometry
         if bits == 16:
             return k, v
         queries = q[:, :, self.counted].transpose(0, 1).flatten(1, 2)  # [H, B*T, D]
         logits = _grouped_metric(queries.transpose(1, 2) @ queries, geometry.kv_heads)
         out = self.float_block.weights["o"].unflatten(-1, (geometry.heads, -1)).transpose(0, 1)
         outputs = _grouped_metric(out.transpose(1, 2) @ out, geometry.kv_heads)
-        self.scales.k = search_head_scales(k[:, :, self.counted], logits, bits)
-        self.scales.v = search_head_scales(v[:, :, self.counted], outputs, bits)
+        self.scales.k = search_head_scales(k[:, :, self.counted], logits, bits, mode)
+        self.scales.v = search_head_scales(v[:, :, self.counted], outputs, bits, mode)
         if bits == 8:  # one scale a tensor at 8 bits: the largest of its heads
             self.scales.k = self.scales.k.amax().expand_as(self.scales.k).contiguous()
             self.scales.v = self.scales.v.amax().expand_as(self.scales.v).contiguous()
-        return quantize_heads(k, self.scales.k, bits), quantize_heads(v, self.scales.v, bits)
+        k, v = (
+            quantize_heads(t, s, bits, mode) for t, s in ((k, self.scales.k), (v, self.scales.v))
+        )
+        return k, v
 
     def run(self, x: Tensor, floating: FloatPass) -> Tensor:
         """Goes through the block once with the quantized stream x [n, T, C]; returns the stream

@@ -341,7 +341,8 @@ def _check_types(quantization: QuantizationConfig, where: str) -> None:
     for name in ("weight_bits", "activation_bits", "kv_bits", "format_version"):
         if type(getattr(quantization, name)) is not int:
             raise CheckpointError(f"{where}: {name} expected an integer")
-    texts = {name: getattr(quantization, name) for name in ("prefix_mode", "solver", "producer")}
+    names = ("prefix_mode", "solver", "producer", "activation_mode", "kv_mode")
+    texts = {name: getattr(quantization, name) for name in names}
     texts.update({f"prefix_text[{i}]": text for i, text in enumerate(quantization.prefix_text)})
     for name, value in texts.items():
         if not isinstance(value, str):

@@ -119,6 +119,14 @@ ACTIVATION_SCALES = (
 )
 
 
+def scale_tensor(name: str, mode: str) -> str:
+    """The tensor at a static scale's place: the scale, or in dynamic mode a clip.
+
+    A clip is the part of a token's largest absolute value that its own scale covers.
+    """
+    return name if mode == "static" else name.removesuffix("_scale") + "_clip"
+
+
 def _size(config: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
     value = config.get(key)
     if value is None and default is not None:
@@ -193,10 +201,12 @@ def layer_tensors(sizes: ModelSizes, quantization: QuantizationConfig) -> dict[s
         if has_bias:
             specs[f"{name}.bias"] = TensorSpec((n,), FLOATING)
     if quantization.activation_bits < 16:
-        for name in ACTIVATION_SCALES:
+        for scale in ACTIVATION_SCALES:
+            name = scale_tensor(scale, quantization.activation_mode)
             specs[name] = TensorSpec((), ("F32",), is_scale=True)
     if quantization.kv_bits < 16:
-        for name in ("self_attn.k_scale", "self_attn.v_scale"):
+        for scale in ("self_attn.k_scale", "self_attn.v_scale"):
+            name = scale_tensor(scale, quantization.kv_mode)
             specs[name] = TensorSpec((sizes.num_kv_heads,), ("F32",), is_scale=True)
     prefix_length = len(quantization.prefix_token_ids)
     if prefix_length:

@@ -16,7 +16,8 @@ from prefixquant.errors import UserError
 FORMAT_VERSION = 1
 QUANT_METHOD = "prefixquant"
 
-_SCHEME = re.compile(r"w(\d+)a(\d+)kv(\d+)")
+_SCHEME = re.compile(r"w(\d+)a(\d+)(d?)kv(\d+)(d?)")
+MODES = ("static", "dynamic")
 _WEIGHT_BITS = (2, 3, 4, 8)
 _ACTIVATION_BITS = (4, 8, 16)
 _KV_BITS = (4, 8, 16)
@@ -28,11 +29,17 @@ COMPENSATION = 0.3
 
 @dataclass(frozen=True)
 class Scheme:
-    """Bit widths of weights, activations and KV cache; 16 means not quantized."""
+    """Bit widths of weights, activations and KV cache; 16 means not quantized.
+
+    A static scale is found once; a dynamic one is made for every token (K/V: token and head) as the
+    model runs. Dynamic modes are there for comparison: they cost time, and K/V have no kernels.
+    """
 
     weight_bits: int
     activation_bits: int
     kv_bits: int
+    activation_mode: str = "static"
+    kv_mode: str = "static"
 
     def __post_init__(self):
         for name, allowed in (
@@ -50,19 +57,34 @@ class Scheme:
                 f"scheme: weight_bits {self.weight_bits} needs activation_bits 16 (weight-only), "
                 f"got {self.activation_bits}"
             )
+        for name, bits in (
+            ("activation_mode", self.activation_bits),
+            ("kv_mode", self.kv_bits),
+        ):
+            mode = getattr(self, name)
+            if mode not in MODES or (mode == "dynamic" and bits == 16):
+                raise UserError(
+                    f"scheme: {name} expected static, or dynamic with bits below 16, "
+                    f"got {mode!r} with {bits} bits"
+                )
         if self.weight_bits == 8 and self.activation_bits == 4:
             raise UserError("scheme: 8-bit weights with 4-bit activations have no kernel; use w8a8")
 
     @classmethod
     def parse(cls, text: str) -> "Scheme":
-        """``"w4a4kv4"`` -> ``Scheme(4, 4, 4)``."""
+        """``"w4a4kv4"`` -> ``Scheme(4, 4, 4)``; a d makes a part dynamic: ``"w4a4dkv4d"``."""
         match = _SCHEME.fullmatch(text.lower())
         if match is None:
             raise UserError(f"scheme: expected the form w4a4kv4, got {text!r}")
-        return cls(*map(int, match.groups()))
+        weights, activations, dynamic, kv, dynamic_kv = match.groups()
+        modes = ("dynamic" if d else "static" for d in (dynamic, dynamic_kv))
+        return cls(int(weights), int(activations), int(kv), *modes)
 
     def __str__(self) -> str:
-        return f"w{self.weight_bits}a{self.activation_bits}kv{self.kv_bits}"
+        dynamic, dynamic_kv = (
+            "d" if mode == "dynamic" else "" for mode in (self.activation_mode, self.kv_mode)
+        )
+        return f"w{self.weight_bits}a{self.activation_bits}{dynamic}kv{self.kv_bits}{dynamic_kv}"
 
 
 def check_weight_options(scheme: Scheme, group_size: int, outlier_fraction: float) -> None:
@@ -140,6 +162,8 @@ class QuantizationConfig:
     producer: str
     group_size: int = 0  # columns that share a weight scale; 0: one scale an output channel
     outlier_fraction: float = 0.0  # of the entries of each weight, kept in 16 bits beside it
+    activation_mode: str = "static"
+    kv_mode: str = "static"
     quant_method: str = QUANT_METHOD
     format_version: int = FORMAT_VERSION
 
@@ -165,7 +189,13 @@ class QuantizationConfig:
 
     @property
     def scheme(self) -> Scheme:
-        return Scheme(self.weight_bits, self.activation_bits, self.kv_bits)
+        return Scheme(
+            self.weight_bits,
+            self.activation_bits,
+            self.kv_bits,
+            self.activation_mode,
+            self.kv_mode,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

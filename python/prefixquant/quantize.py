@@ -12,6 +12,7 @@ from prefixquant import __version__, ops
 from prefixquant.block import PrefixKV
 from prefixquant.block_pipeline import BlockPipeline, Samples
 from prefixquant.calibrate import CalibratedBlock
+from prefixquant.checkpoint_layout import scale_tensor
 from prefixquant.config import QuantizationConfig, RecipeConfig
 from prefixquant.decoder import FloatDecoder
 from prefixquant.errors import UnsupportedModelError
@@ -106,6 +107,8 @@ def quantize(
         producer=f"prefixquant {__version__}",
         group_size=recipe.group_size,
         outlier_fraction=outliers,
+        activation_mode=recipe.scheme.activation_mode,
+        kv_mode=recipe.scheme.kv_mode,
     )
     return QuantizedModel(packer.tensors, quantization, report)
 
@@ -179,12 +182,14 @@ class _Packer:
             if bias is not None:
                 self.put(f"{name}.{path}.bias", bias, torch.float32)
         for point, scale in block.scales.activations.items():
-            self.put(f"{name}.{roles.point_scales[point]}", scale, torch.float32)
+            tensor = scale_tensor(roles.point_scales[point], block.scales.activation_mode)
+            self.put(f"{name}.{tensor}", scale, torch.float32)
         attention = f"{name}.{roles.attention}"
         for part in ("k", "v"):
             scale = getattr(block.scales, part)
             if scale is not None:
-                self.put(f"{attention}.{part}_scale", scale, torch.float32)
+                tensor = scale_tensor(f"{part}_scale", block.scales.kv_mode)
+                self.put(f"{attention}.{tensor}", scale, torch.float32)
         if prefix.length:
             self.put(f"{attention}.prefix_key", prefix.key, self.dtype)
             self.put(f"{attention}.prefix_value", prefix.value, self.dtype)

@@ -29,6 +29,7 @@ from prefixquant.roles import BlockWeights
 from prefixquant.solvers import QuantizedWeight
 
 _RUN = "run.json"
+_SCALE_FORM = ("activation_bits", "kv_bits", "activation_mode", "kv_mode")
 
 
 def state_folder(output: str | os.PathLike) -> Path:
@@ -135,8 +136,7 @@ class BlockState:
         tensors |= {n: t for n, t in (("k", scales.k), ("v", scales.v)) if t is not None}
         about = {
             "weight_bits": bits,
-            "activation_bits": scales.activation_bits,
-            "kv_bits": scales.kv_bits,
+            "scales": {name: getattr(scales, name) for name in _SCALE_FORM},
             "points": list(scales.activations),
             "report": block.report,
         }
@@ -180,8 +180,7 @@ def _decode(about: dict[str, Any], tensors: dict[str, Tensor]) -> SavedBlock:
         {point: tensors[f"activation.{point}"] for point in about["points"]},
         tensors.get("k"),
         tensors.get("v"),
-        about["activation_bits"],
-        about["kv_bits"],
+        **{name: about["scales"][name] for name in _SCALE_FORM},
     )
     latents = {n.removeprefix("latent."): t for n, t in tensors.items() if n.startswith("latent.")}
     return SavedBlock(weights, scales, about["report"], latents)

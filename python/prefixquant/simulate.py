@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prefixquant.block import BlockScales, BlockShape, PrefixKV, block_forward, rms_norm
 from prefixquant.checkpoint import read_checkpoint
+from prefixquant.checkpoint_layout import scale_tensor
 from prefixquant.ops import unpack_int4
 from prefixquant.roles import BlockWeights, model_geometry, model_roles
 
@@ -65,13 +66,21 @@ class SimulatedModel:
         block = BlockWeights(weights, biases, *(self._float(f"{name}.{n}.weight") for n in norms))
 
         scheme = self.quantization.scheme
-        scales = BlockScales(activation_bits=scheme.activation_bits, kv_bits=scheme.kv_bits)
+        scales = BlockScales(
+            activation_bits=scheme.activation_bits,
+            kv_bits=scheme.kv_bits,
+            activation_mode=scheme.activation_mode,
+            kv_mode=scheme.kv_mode,
+        )
         if scheme.activation_bits < 16:
             scales.activations = {
-                point: self._float(f"{name}.{path}") for point, path in roles.point_scales.items()
+                point: self._float(f"{name}.{scale_tensor(path, scheme.activation_mode)}")
+                for point, path in roles.point_scales.items()
             }
         if scheme.kv_bits < 16:
-            scales.k, scales.v = (self._float(f"{attention}.{part}_scale") for part in "kv")
+            scales.k, scales.v = (
+                self._float(f"{attention}.{scale_tensor(f'{part}_scale', scheme.kv_mode)}") for part in "kv"
+            )
         if self.quantization.prefix_token_ids:
             prefix = PrefixKV(*(self._float(f"{attention}.prefix_{p}") for p in ("key", "value")))
         else:

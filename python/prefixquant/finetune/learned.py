@@ -93,7 +93,7 @@ class LearnedBlock(nn.Module):
 
     def _add_scales(self, scales: BlockScales) -> None:
         """One vector holds the activation scales, then those of K, then those of V."""
-        self.activation_bits, self.kv_bits = scales.activation_bits, scales.kv_bits
+        self._form = replace(scales, activations={}, k=None, v=None)
         self.points = tuple(scales.activations)
         parts = [scale.reshape(1) for scale in scales.activations.values()]
         self.kv_heads = 0 if scales.k is None else len(scales.k)
@@ -168,11 +168,8 @@ class LearnedBlock(nn.Module):
     def _scales(self) -> BlockScales:
         values = self.scale_start * self.scale_theta.exp()
         points = len(self.points)
-        scales = BlockScales(
-            dict(zip(self.points, values[:points].unbind(), strict=True)),
-            activation_bits=self.activation_bits,
-            kv_bits=self.kv_bits,
-        )
+        activations = dict(zip(self.points, values[:points].unbind(), strict=True))
+        scales = replace(self._form, activations=activations)
         if self.kv_heads:
             k, v = values[points:].split(self.kv_learned)
             scales.k, scales.v = k.expand(self.kv_heads), v.expand(self.kv_heads)

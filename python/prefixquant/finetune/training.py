@@ -3,17 +3,23 @@
 
 import contextlib
 import math
-import warnings
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prefixquant.quantizer import matmul_dtype
 
 LEAST_RATE = 0.1  # the cosine schedule ends at this part of the rate
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _WARMUP_STEPS = 3  # eager steps before a CUDA graph is captured: they allocate what it needs
+
+
+# All but cuDNN's attention, whose backward pass adds in no fixed order.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @contextlib.contextmanager
@@ -23,28 +29,36 @@ def training_mode(device: torch.device) -> Iterator[None]:
     Determinism matters more than the few percent it costs: a run that was killed and resumed has to
     end at the same integers.
     """
+    low = matmul_dtype(device) is torch.bfloat16
+    with (
+        _deterministic(),
+        sdpa_kernel(_ATTENTION),
+        torch.enable_grad(),
+        # cache_enabled=False: every weight is used once a step, a cache would only keep copies.
+        torch.autocast(device.type, torch.bfloat16, enabled=low, cache_enabled=False),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
     tf32 = torch.backends.cuda.matmul.allow_tf32
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    low = matmul_dtype(device) is torch.bfloat16
+    workspace = os.environ.get(_CUBLAS)
+    os.environ.setdefault(_CUBLAS, ":4096:8")  # torch refuses to be deterministic without
     torch.backends.cuda.matmul.allow_tf32 = True
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
-        # cache_enabled=False: every weight is used once a step, a cache would only keep copies.
-        with (
-            warnings.catch_warnings(),
-            torch.enable_grad(),
-            torch.autocast(device.type, torch.bfloat16, enabled=low, cache_enabled=False),
-        ):
-            # cuBLAS is deterministic on the one stream used here, whatever its workspace.
-            warnings.filterwarnings("ignore", message="Deterministic behavior was enabled")
-            yield
+        yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill
+        if workspace is None:
+            del os.environ[_CUBLAS]
 
 
 class Stepper:

@@ -53,12 +53,14 @@ class QuantLinear(FixedDtypeModule):
     """``y = (q(x) @ W_q.T) * (input_scale * weight_scale) + bias`` on packed weights.
 
     x is an int8 container [..., K] that was quantized where it was made, or floating [..., K] and
-    is quantized here. With 16-bit activations the weight is dequantized for the product.
+    is quantized here. With 16-bit activations the weight is dequantized for the product. With
+    dynamic activations x is floating and each row has a scale of its own, applied to the sums.
 
     Args:
         weight: uint8 [N, K/2] packed (4 bits) or int8 [N, K], the checkpoint's layout.
         weight_scale: float32 [N].
-        input_scale: float32 [] or None for 16-bit activations.
+        input_scale: float32 [], the static scale or the clip of dynamic ones; None for 16-bit
+            activations.
     """
 
     def __init__(
@@ -70,8 +72,10 @@ class QuantLinear(FixedDtypeModule):
         *,
         activation_bits: int,
         compute_dtype: torch.dtype,
+        activation_mode: str = "static",
     ):
         super().__init__(compute_dtype)
+        self.dynamic = activation_mode == "dynamic"
         self.weight_bits = 4 if weight.dtype == torch.uint8 else 8
         self.activation_bits = activation_bits
         self.out_features = weight.shape[0]
@@ -89,11 +93,24 @@ class QuantLinear(FixedDtypeModule):
     def forward(self, x: Tensor) -> Tensor:
         if self._gemm is None:
             return self._weight_only(x)
+        if self.dynamic:
+            return self._by_row(x)
         if x.is_floating_point():
             x = ops.quantize_static(x, self.input_scale, self.activation_bits)
         return self._gemm(
             x, self.weight, self.weight_scale, self.input_scale, self.bias, self.compute_dtype
         )
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        """The comparison mode: a pass over x for the clip, and one over y for the rows' scales."""
+        x = x.float()
+        limit = self.input_scale * x.abs().amax(-1, keepdim=True)
+        clamped = torch.minimum(torch.maximum(x, -limit), limit)
+        q, row_scale = ops.quantize_dynamic(clamped, self.activation_bits)
+        one = torch.ones_like(self.input_scale)
+        y = self._gemm(q, self.weight, self.weight_scale, one, None, torch.float32)
+        y = y * row_scale.view(*y.shape[:-1], 1)
+        return (y if self.bias is None else y + self.bias).to(self.compute_dtype)
 
     def _weight_only(self, x: Tensor) -> Tensor:
         # No kernel of its own: correct, and as slow as unpacking the weight for every product.
@@ -147,7 +164,7 @@ class QuantMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         down = self.down_proj
-        if down.activation_bits == 16:
+        if down.activation_bits == 16 or down.dynamic:
             return down(self.rotation(F.silu(gate) * up))
         inner = ops.swiglu_hadamard_quantize(
             gate,

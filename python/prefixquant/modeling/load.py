@@ -140,7 +140,7 @@ class _Builder:
         scale = None
         if self.scheme.activation_bits < 16:
             point = self.roles.point_scales[_POINT_OF[linear_roles[0]]]
-            scale = self.tensor(f"{block}.{point}")
+            scale = self.tensor(f"{block}.{scale_tensor(point, self.scheme.activation_mode)}")
         return QuantLinear(
             torch.cat([self.tensor(f"{path}.weight_packed") for path in paths]),
             torch.cat([self.tensor(f"{path}.weight_scale") for path in paths]),
@@ -148,12 +148,14 @@ class _Builder:
             torch.cat([self.tensor(n) for n in names]) if names[0] in self.tensors else None,
             activation_bits=self.scheme.activation_bits,
             compute_dtype=self.dtype,
+            activation_mode=self.scheme.activation_mode,
         )
 
     def norm(self, name: str, scale: str | None) -> nn.Module:
         weight = self.tensor(f"{name}.weight").to(self.dtype)
         eps = self.config.rms_norm_eps
-        if scale is None or self.scheme.activation_bits == 16:
+        static = self.scheme.activation_bits < 16 and self.scheme.activation_mode == "static"
+        if scale is None or not static:
             return _float_norm(weight, eps)
         return QuantRMSNorm(weight, eps, self.tensor(scale), self.scheme.activation_bits)
 
