@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from prefixquant import ops
 from prefixquant.block import PrefixKV, block_forward
 from prefixquant.calibrate import Streams, calibrate_block
 from prefixquant.config import FinetuneConfig, Scheme
@@ -13,8 +14,8 @@ from prefixquant.errors import UserError
 from prefixquant.finetune import BlockTuner, EndToEnd, Learned, LearnedBlock, Teacher
 from prefixquant.finetune.activations import ActivationStore
 from prefixquant.finetune.end_to_end import DistillationLoss
-from prefixquant.finetune.training import Schedule, train
-from prefixquant.quantizer import fake_quantize, qrange
+from prefixquant.finetune.training import Schedule, rate_factor, train
+from prefixquant.quantizer import fake_quantize, fake_quantize_dynamic, qrange
 from prefixquant.roles import model_geometry
 from prefixquant.rotate import plan_rotations
 from tiny_families import tiny_family
@@ -131,10 +132,22 @@ def test_distillation_loss_is_the_kl_divergence_with_its_gradient():
     assert same.item() == pytest.approx(0, abs=1e-6)
 
 
+def test_dynamic_quantization_is_the_operation_with_a_learnable_clip():
+    x = torch.randn(6, 40)
+    x[2] = 0
+    x[4] *= 1000
+    clip = torch.tensor(0.8, requires_grad=True)
+    out = fake_quantize_dynamic(x, clip, 4)
+    q, scale = ops.quantize_dynamic(x, 4, clip.item())
+    assert torch.equal(out, q * scale[:, None])
+    out.square().sum().backward()
+    assert clip.grad.abs() > 0
+
+
 # ---------------------------------------------------------------------------- learned block
 
 
-@pytest.mark.parametrize("scheme", ["w4a4kv4", "w4a8kv8", "w8a8kv16", "w4a16kv4"])
+@pytest.mark.parametrize("scheme", ["w4a4kv4", "w4a8kv8", "w8a8kv16", "w4a16kv4", "w4a4dkv4d"])
 @pytest.mark.parametrize("weights", [True, False])
 def test_a_learned_block_starts_as_it_was_calibrated(scheme, weights):
     setting = Setting("qwen3", scheme)
@@ -207,7 +220,7 @@ def test_training_keeps_the_best_of_validation():
     class Steps:
         total = torch.zeros(())
 
-        def step(self, fraction):
+        def step(self, factor):
             value.add_(1)
 
     log = train(
@@ -224,6 +237,14 @@ def test_training_keeps_the_best_of_validation():
     assert log.validation == [5.0, 4.0, 6.0, 3.0, 7.0, 8.0]
 
 
+def test_the_rate_rises_then_falls_to_a_tenth():
+    factors = [rate_factor(step, 200) for step in range(200)]
+    assert factors[0] == pytest.approx(0.1, rel=0.01)
+    assert max(factors) == factors[9] > 0.98
+    assert factors[9:] == sorted(factors[9:], reverse=True)
+    assert factors[-1] == pytest.approx(0.1, rel=0.01)
+
+
 def test_training_stops_when_patience_ends_and_may_keep_the_start():
     losses = iter([1.0, 2.0, 3.0, 0.1])
     value = torch.zeros(())
@@ -231,7 +252,7 @@ def test_training_stops_when_patience_ends_and_may_keep_the_start():
     class Steps:
         total = torch.zeros(())
 
-        def step(self, fraction):
+        def step(self, factor):
             value.add_(1)
 
     log = train(

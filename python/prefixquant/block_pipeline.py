@@ -73,6 +73,7 @@ class BlockPipeline:
         state: BlockState | None = None,
     ):
         self.decoder, self.recipe, self.prefix, self.state = decoder, recipe, prefix, state
+        self._solver = WeightSolver(recipe.solver, recipe.group_size, recipe.outlier_fraction)
         embedded = decoder.embed(samples.search)
         self.streams = Streams(embedded, embedded.clone())
         self.rope = decoder.rope(recipe.search_seqlen)
@@ -115,6 +116,7 @@ class BlockPipeline:
             advance(self.steps_per_block)
         if self.tuner is not None and self.tuner.quantized is not None:
             self.tuner.advance_quantized(block, self.prefix[index])
+        block.targets = {}
         if self.end_to_end_epochs:
             self._learned.append(self._start_of_end_to_end(index, original, block, saved.latents))
         return FinishedBlock(block, self.prefix[index], saved.report)
@@ -123,7 +125,7 @@ class BlockPipeline:
         self, index: int, original: BlockWeights, advance: Callable[[int], None]
     ) -> tuple[CalibratedBlock, SavedBlock]:
         tuning = self.recipe.finetune.epochs > 0
-        entering = self.streams.quantized.clone() if tuning else None
+        entering = self.streams.quantized.clone()
         block = calibrate_block(
             original,
             self.decoder.shape,
@@ -131,10 +133,11 @@ class BlockPipeline:
             self.rope,
             self.prefix[index],
             self.streams,
-            WeightSolver(self.recipe.solver),
+            self._solver,
+            self.recipe.compensation,
         )
         advance(1)
-        latents: dict[str, Tensor] = {}
+        latents = block.targets
         report: dict[str, Any] = {}
         if tuning:
             epochs = 0
@@ -145,13 +148,15 @@ class BlockPipeline:
                 advance(1)
 
             report["calibrated_error"] = block.relative_error
+            start = dataclasses.replace(original, weights=block.targets)
             block, latents, report["fine_tuning"] = self.tuner.tune(
-                index, original, block, self.prefix[index], on_epoch
+                index, start, block, self.prefix[index], on_epoch
             )
             advance(self.recipe.finetune.epochs - epochs)
-            self.streams.quantized.copy_(entering)
-            self._advance(self.streams.quantized, block.simulated, block.scales, index)
-            block.relative_error = _relative_error(self.streams)
+        # As for a block from the state, so that both go on with the same bits.
+        self.streams.quantized.copy_(entering)
+        self._advance(self.streams.quantized, block.simulated, block.scales, index)
+        block.relative_error = _relative_error(self.streams)
         if not (self.end_to_end_epochs and self.recipe.finetune.e2e_weights):
             latents = {}
         report = block_report(index, block) | report
@@ -212,6 +217,7 @@ def _relative_error(streams: Streams) -> float:
 def block_report(index: int, block: CalibratedBlock) -> dict[str, Any]:
     scales = block.scales
     report = {"block": index, "relative_error": block.relative_error}
+    report["weight_errors"] = block.weight_errors
     report |= {f"{point}_scale": scale.item() for point, scale in scales.activations.items()}
     for name in ("k", "v"):
         scale = getattr(scales, name)

@@ -8,7 +8,7 @@ and makes up for them.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,7 @@ class CalibratedBlock:
     simulated: BlockWeights  # the block with its weights dequantized: the fake-quantized block
     relative_error: float  # |y_q - y|^2 / |y|^2 of the block's output, streams included
     weight_errors: dict[str, float]  # role -> `solvers.layer_error`
+    targets: dict[str, Tensor] = field(default_factory=dict)  # role -> the weight that was rounded
 
 
 @dataclass
@@ -174,6 +175,7 @@ class _BlockQuantizer:
         )
         self.quantized: dict[str, QuantizedWeight] = {}
         self.weight_errors: dict[str, float] = {}
+        self.targets: dict[str, Tensor] = {}
         self.simulated = BlockWeights(
             dict(block.weights),
             dict(block.biases),
@@ -211,7 +213,7 @@ class _BlockQuantizer:
                 weights = self._compensated(name, weights, rows, hessian, self._rows(wanted))
             all_solved = self.solver(weights, self.scheme.weight_bits, hessian)
             for role, weight, solved in zip(POINTS[name], weights, all_solved, strict=True):
-                self.quantized[role] = solved
+                self.quantized[role], self.targets[role] = solved, weight
                 self.weight_errors[role] = layer_error(weight, solved, hessian).item()
                 self.simulated.weights[role] = solved.dequantize(weight.dtype)
         return x
@@ -319,4 +321,5 @@ def calibrate_block(
         quantizer.simulated,
         (error / streams.floating.square().sum()).item(),
         quantizer.weight_errors,
+        quantizer.targets,
     )

@@ -30,25 +30,17 @@ def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     return quantize(x, scale, bits).mul_(scale).to(x.dtype)
 
 
-def dynamic_limits(x: Tensor, clip: Tensor) -> Tensor:
-    """``clip * max|x|`` over the last dimension, float32 [.., 1]: what a row is clamped to."""
-    return clip * x.detach().abs().amax(-1, keepdim=True).float()
-
-
 def fake_quantize_dynamic(x: Tensor, clip: Tensor, bits: int) -> Tensor:
     """Fake quantization of each row (last dimension) of x with a scale of its own.
 
-    ``x_hat = Q(clamp(x, -l, l))`` with l = clip * max|x| of the row and the scale l / (2^(b-1) - 1),
-    so that the levels are symmetric; a row of zeros stays zero. Differentiable in x and clip.
+    ``s = clip * max|x| / (2^(b-1) - 1)`` of the row, 1 where that is 0, as `ops.quantize_dynamic`;
+    differentiable in x and clip, the maximum taken as given.
 
     Args:
-        clip: float32, above 0 and at most 1; broadcasts against [.., 1].
+        clip: float32, above 0; broadcasts against the rows' maxima [.., 1].
     """
-    limit = dynamic_limits(x, clip)
-    scale = limit / qrange(bits)[1]
-    scale = torch.where(scale == 0, 1.0, scale)
-    clamped = torch.minimum(torch.maximum(x.float(), -limit), limit)
-    return fake_quantize(clamped, scale, bits).to(x.dtype)
+    scale = clip * x.detach().abs().amax(-1, keepdim=True).float() / qrange(bits)[1]
+    return fake_quantize(x, torch.where(scale == 0, 1.0, scale), bits)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -84,8 +84,8 @@ class SavedBlock:
         dtype = next(iter(original.weights.values())).dtype
         weights = {role: w.dequantize(dtype) for role, w in self.weights.items()}
         simulated = dataclasses.replace(original, weights={**original.weights, **weights})
-        error = self.report["relative_error"]
-        return CalibratedBlock(self.weights, self.scales, simulated, error)
+        errors = self.report["relative_error"], self.report["weight_errors"]
+        return CalibratedBlock(self.weights, self.scales, simulated, *errors)
 
 
 class BlockState:

@@ -78,9 +78,8 @@ class SimulatedModel:
                 for point, path in roles.point_scales.items()
             }
         if scheme.kv_bits < 16:
-            scales.k, scales.v = (
-                self._float(f"{attention}.{scale_tensor(f'{part}_scale', scheme.kv_mode)}") for part in "kv"
-            )
+            names = (scale_tensor(f"{part}_scale", scheme.kv_mode) for part in "kv")
+            scales.k, scales.v = (self._float(f"{attention}.{n}") for n in names)
         if self.quantization.prefix_token_ids:
             prefix = PrefixKV(*(self._float(f"{attention}.prefix_{p}") for p in ("key", "value")))
         else:

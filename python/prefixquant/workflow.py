@@ -73,6 +73,15 @@ def load_any(
     return model.to(device), tokenizer
 
 
+def _load_to_measure(target: str | os.PathLike, device: torch.device | str) -> tuple[Any, Any]:
+    """As `load_any`; a checkpoint that has no kernels, by fake quantization."""
+    if is_prefixquant_checkpoint(target) and saved_configs(target)[1].kv_mode == "dynamic":
+        from prefixquant.simulate import SimulatedModel
+
+        return SimulatedModel(target, device=device), load_tokenizer(target)
+    return load_any(target, device)
+
+
 def quantize_and_save(  # noqa: PLR0913
     float_model: Any,
     tokenizer: Any,
@@ -167,7 +176,7 @@ def report_files(
 
 def saved_configs(folder: Path) -> tuple[dict[str, Any], Any]:
     """(model config, quantization) of a checkpoint, without its tensors."""
-    checkpoint = read_checkpoint(folder, check_values=False)
+    checkpoint = read_checkpoint(Path(folder), check_values=False)
     return checkpoint.config, checkpoint.quantization
 
 
@@ -196,7 +205,7 @@ def evaluate(
     quantization alone.
     """
     with progress.stage("load the model"):
-        model, tokenizer = load_any(target, device)
+        model, tokenizer = _load_to_measure(target, device)
     samples = protocol.samples(content, tokenizer)
     name = str(target)
     candidates = {name: Candidate(model)}

@@ -61,7 +61,7 @@ class LearnedBlock(nn.Module):
     ):
         super().__init__()
         self.learned = learned
-        self.relative_error = block.relative_error
+        self._errors = block.relative_error, block.weight_errors
         self._rest = replace(block.simulated, weights={})
         self._add_weights(block.weights, original)
         self._add_scales(block.scales)
@@ -138,7 +138,7 @@ class LearnedBlock(nn.Module):
         theirs = [*other.parameters(), *other.buffers()]
         for mine, value in zip([*self.parameters(), *self.buffers()], theirs, strict=True):
             mine.copy_(value)
-        self._rest, self.relative_error = other._rest, other.relative_error
+        self._rest, self._errors = other._rest, other._errors
 
     def snapshot(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.parameters()]
@@ -212,7 +212,7 @@ class LearnedBlock(nn.Module):
         if scales.k is not None:
             scales.k, scales.v = scales.k.clone(), scales.v.clone()
         block.weights = {role: w.dequantize() for role, w in solved.items()}
-        return CalibratedBlock(solved, scales, block, self.relative_error), prefix
+        return CalibratedBlock(solved, scales, block, self._errors[0], self._errors[1]), prefix
 
     @torch.no_grad()
     def floating_weights(self) -> dict[str, Tensor]:

@@ -14,8 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from prefixquant.quantizer import matmul_dtype
 
 LEAST_RATE = 0.1  # the cosine schedule ends at this part of the rate
+# Adam's first steps move every weight by the full rate, in the direction of one batch.
+_WARMUP = 0.05  # part of the steps over which the rate rises
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
-_WARMUP_STEPS = 3  # eager steps before a CUDA graph is captured: they allocate what it needs
+_EAGER_STEPS = 3  # eager steps before a CUDA graph is captured: they allocate what it needs
 
 
 # All but cuDNN's attention, whose backward pass adds in no fixed order.
@@ -104,7 +106,7 @@ class Stepper:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(_WARMUP_STEPS):
+            for _ in range(_EAGER_STEPS):
                 self._eager()
         torch.cuda.current_stream().wait_stream(side)
         self.optimizer.zero_grad(set_to_none=True)
@@ -113,9 +115,8 @@ class Stepper:
             self._eager()
         return graph
 
-    def step(self, fraction: float) -> None:
-        """One step; ``fraction`` of the training is done."""
-        factor = LEAST_RATE + (1 - LEAST_RATE) * 0.5 * (1 + math.cos(math.pi * fraction))
+    def step(self, factor: float) -> None:
+        """One step at ``factor`` times the rates."""
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate * factor)
@@ -132,6 +133,13 @@ class Stepper:
             for value in state.values():
                 value.zero_()
         self.total.zero_()
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """A linear rise, and half a cosine from 1 to `LEAST_RATE`."""
+    rising = min(1.0, (step + 1) / max(1.0, _WARMUP * steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return rising * (LEAST_RATE + (1 - LEAST_RATE) * cosine)
 
 
 @dataclass
@@ -190,7 +198,7 @@ def train(
         order = torch.randperm(schedule.samples, generator=generator).to(schedule.index_device)
         for index in range(schedule.batches):
             load(order[index * schedule.batch : (index + 1) * schedule.batch])
-            stepper.step((epoch * schedule.batches + index) / steps)
+            stepper.step(rate_factor(epoch * schedule.batches + index, steps))
         log.training.append(stepper.total.item() / schedule.batches)
         stepper.total.zero_()
         log.validation.append(validate())

@@ -76,6 +76,7 @@ class QuantLinear(FixedDtypeModule):
     ):
         super().__init__(compute_dtype)
         self.dynamic = activation_mode == "dynamic"
+        self._clip = input_scale.item() if self.dynamic else None
         self.weight_bits = 4 if weight.dtype == torch.uint8 else 8
         self.activation_bits = activation_bits
         self.out_features = weight.shape[0]
@@ -102,11 +103,8 @@ class QuantLinear(FixedDtypeModule):
         )
 
     def _by_row(self, x: Tensor) -> Tensor:
-        """The comparison mode: a pass over x for the clip, and one over y for the rows' scales."""
-        x = x.float()
-        limit = self.input_scale * x.abs().amax(-1, keepdim=True)
-        clamped = torch.minimum(torch.maximum(x, -limit), limit)
-        q, row_scale = ops.quantize_dynamic(clamped, self.activation_bits)
+        """The comparison mode: one more pass over y for the rows' scales."""
+        q, row_scale = ops.quantize_dynamic(x, self.activation_bits, self._clip)
         one = torch.ones_like(self.input_scale)
         y = self._gemm(q, self.weight, self.weight_scale, one, None, torch.float32)
         y = y * row_scale.view(*y.shape[:-1], 1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixquant.checkpoint import Checkpoint, read_checkpoint
+from prefixquant.checkpoint_layout import scale_tensor
 from prefixquant.config import Scheme
 from prefixquant.errors import UserError
 from prefixquant.modeling import attention
@@ -81,6 +82,11 @@ def fill_model(
     by those of the checkpoint, and installs the hooks that generation needs."""
     from prefixquant.integrations.transformers import attach_quantizer
 
+    if checkpoint.quantization.kv_mode == "dynamic":
+        raise UserError(
+            f"{checkpoint.path}: scales of K and V made for every token have no kernels; measure "
+            "such a checkpoint with prefixquant eval, or use prefixquant.simulate.SimulatedModel"
+        )
     roles = model_roles(model.config)
     builder = _Builder(checkpoint, roles, model.config, device, dtype)
     for index, block in enumerate(model_blocks(model, roles)):
