@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--text", default="pydoc", help="calibration and evaluation text")
     # A quarter of the usual tokens everywhere, so that the whole takes minutes on two cores.
     parser.add_argument("--nsamples", type=int, default=16, help="windows scanned, of 512 tokens")
-    parser.add_argument("--search-samples", type=int, default=4, help="windows the scales fit")
+    parser.add_argument("--search-samples", type=int, default=16, help="windows to calibrate on")
     parser.add_argument("--search-seqlen", type=int, default=512, help="tokens of such a window")
     parser.add_argument("--windows", type=int, default=8, help="windows measured, of 1024 tokens")
     arguments = parser.parse_args()

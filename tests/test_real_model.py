@@ -31,7 +31,7 @@ def quantized(smol, tmp_path_factory):
     """(checkpoint folder, report) of W4A4KV4 with the default prefix mode."""
     model, tokenizer = smol
     recipe = RecipeConfig(
-        scheme=Scheme.parse("w4a4kv4"), nsamples=8, seqlen=256, search_samples=4, search_seqlen=512
+        scheme=Scheme.parse("w4a4kv4"), nsamples=8, seqlen=256, search_samples=8, search_seqlen=512
     )
     folder = tmp_path_factory.mktemp("smol") / "w4a4kv4"
     calibration = calibration_tokens(texts.load_text("pydoc"), tokenizer)

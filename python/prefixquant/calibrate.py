@@ -96,11 +96,16 @@ def search_activation_scale(
         quantizer, start = fake_quantize_dynamic, torch.ones_like(start)
     rows = rows[:: max(1, len(rows) // _SEARCH_TOKENS)]
     dtype = matmul_dtype(x.device)
-    readers = torch.cat(weights).to(dtype)
+    readers = torch.cat(weights)
+    # d W^T W d^T is the same error: a smaller product where the linears have more outputs than
+    # inputs.
+    wide = len(readers) > readers.shape[1]
+    factor = (readers.T @ readers if wide else readers).to(dtype)
 
     def error(ratio: float) -> float:
         delta = quantizer(rows, start * ratio, bits) - rows
-        return F.linear(delta.to(dtype), readers).float().square().sum().item()
+        moved = F.linear(delta.to(dtype), factor).float()
+        return (moved * delta if wide else moved.square()).sum().item()
 
     errors = {ratio: error(ratio) for ratio in torch.linspace(_LOWEST[bits], 1, _STEPS).tolist()}
     coarse = min(errors, key=errors.get)

@@ -93,7 +93,7 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
     scheme: Annotated[
         str, typer.Option(help="Bits of weights, activations and KV cache: w4a4kv4, w4a8kv8, ...")
     ] = "w4a4kv4",
-    solver: Annotated[str, typer.Option(help=f"Weight solver: {', '.join(SOLVERS)}.")] = "rtn",
+    solver: Annotated[str, typer.Option(help=f"Weight solver: {', '.join(SOLVERS)}.")] = "gptq",
     compensation: Annotated[
         float, typer.Option(help="Ridge of weights that make up for earlier errors; 0: none do.")
     ] = COMPENSATION,

@@ -287,7 +287,7 @@ class RecipeConfig:
     (PrefixQuant, section 5 and appendix): 64 x 512 tokens for the outlier scan and the maxima."""
 
     scheme: Scheme = field(default_factory=lambda: Scheme(4, 4, 4))
-    solver: str = "rtn"
+    solver: str = "gptq"
     group_size: int = 0  # columns that share a weight scale; 0: one scale an output channel
     outlier_fraction: float = 0.01  # of each weight, kept in 16 bits; quantease-outlier only
     compensation: float = COMPENSATION  # 0: the solvers aim at the float weights

@@ -19,7 +19,7 @@ class WeightSolver:
     """``name`` is one of `prefixquant.config.SOLVERS`; ``group_size`` 0 is one scale a row;
     ``outlier_fraction`` is that of quantease-outlier."""
 
-    name: str = "rtn"
+    name: str = "gptq"
     group_size: int = 0
     outlier_fraction: float = 0.0
 
