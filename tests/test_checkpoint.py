@@ -59,6 +59,9 @@ def random_tensors(config=CONFIG, quant=None, seed=0):
     tensors = {}
     specs = expected_tensors(ModelSizes.from_config(config), quant or quantization())
     for name, spec in specs.items():
+        if spec.below:
+            tensors[name] = torch.arange(spec.shape[0], dtype=torch.int32) * 2
+            continue
         dtype = dtypes[spec.dtypes[0]]
         if dtype.is_floating_point:
             tensors[name] = (torch.rand(spec.shape, generator=generator) + 0.1).to(dtype)
@@ -102,6 +105,7 @@ def raw_safetensors(entries):
 def rewrite_weights(folder, change):
     """Passes the tensors through ``change`` as name -> (dtype, shape, bytes), writes them back."""
     names = {torch.uint8: "U8", torch.int8: "I8", torch.float32: "F32", torch.float16: "F16"}
+    names[torch.int32] = "I32"
     entries = {}
     for name, tensor in read_checkpoint(folder).tensors.items():
         data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -454,7 +458,7 @@ def test_garbage_weights(checkpoint, content, message):
         ("hidden_size", 8.0, "hidden_size expected an integer from 1"),
         ("hidden_size", None, "hidden_size expected an integer from 1"),
         ("hidden_size", 16, r"expected shape \[11, 16\], got \[11, 8\]"),
-        ("hidden_size", 9, "expected an even number"),
+        ("hidden_size", 9, "a multiple of 2 to pack 4 bits"),
         ("num_hidden_layers", 10**9, "num_hidden_layers expected an integer"),
         ("num_hidden_layers", 3, r"layers\.2\..* is missing"),
         ("num_hidden_layers", 1, r"layers\.1\..* does not belong"),

@@ -59,6 +59,7 @@ _MAX_HEADER_BYTES = 100_000_000
 _SAFETENSORS_DTYPE = {
     torch.uint8: "U8",
     torch.int8: "I8",
+    torch.int32: "I32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float32: "F32",
@@ -115,12 +116,16 @@ class Checkpoint:
             raise CheckpointError(f"{self.path / CONFIG_NAME}: {reason}") from error
 
     def check_values(self) -> None:
-        """Reads every floating-point tensor once: all values finite, all scales above zero.
+        """Reads every floating-point tensor once: all values finite, all scales above zero; and
+        the indices of outliers: ascending and inside their weight.
 
         The packed weights have no illegal values, so most of the file is not read.
         """
         for name, spec in self.specs.items():
             if spec.dtypes[0] in ("U8", "I8"):
+                continue
+            if spec.below:
+                self._check_indices(name, spec.below)
                 continue
             # As rows, so that a large embedding is checked in pieces, not in a copy of itself.
             rows = self.tensors[name]
@@ -135,6 +140,14 @@ class Checkpoint:
                         f"{self.path}: tensor {name} expected scales above zero, "
                         f"got {piece.min().item():g}"
                     )
+
+    def _check_indices(self, name: str, below: int) -> None:
+        index = self.tensors[name]
+        if index[0] < 0 or index[-1] >= below or not (index[1:] > index[:-1]).all():
+            raise CheckpointError(
+                f"{self.path}: tensor {name} expected ascending indices from 0 to {below - 1}, "
+                f"got some from {index.min().item()} to {index.max().item()}"
+            )
 
 
 # ---------------------------------------------------------------------------- writing

@@ -11,6 +11,15 @@ from typing import Any
 
 from prefixquant.config import QuantizationConfig
 from prefixquant.errors import CheckpointError
+from prefixquant.packing import (
+    OUTLIER_INDEX,
+    OUTLIER_VALUE,
+    PACKED,
+    SCALE,
+    packed_bytes,
+    values_per_unit,
+)
+from prefixquant.solvers.weight import outlier_count
 
 # safetensors dtype names, as they stand in the file header.
 SIXTEEN_BIT = ("F16", "BF16")
@@ -31,11 +40,13 @@ _LARGEST = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What one tensor must be. ``is_scale``: every value finite and above zero."""
+    """What one tensor must be. ``is_scale``: every value finite and above zero. ``below``: if not
+    0, integers from 0 to below - 1, each larger than the one before."""
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]
     is_scale: bool = False
+    below: int = 0
 
 
 @dataclass(frozen=True)
@@ -179,25 +190,43 @@ def check_model_config(
             f"{where}: prefix_token_ids expected ids below vocab_size {sizes.vocab_size}, "
             f"got {bad[0]}"
         )
-    if quantization.weight_bits == 4:
-        for name, (_, k, _) in sizes.linears().items():
-            if k % 2:
-                raise CheckpointError(
-                    f"{where}: {name} expected an even number of input features to pack, got {k}"
-                )
+    for name, (n, k, _) in sizes.linears().items():
+        _check_linear(name, n, k, quantization, where)
     return sizes
+
+
+def _check_linear(name: str, n: int, k: int, quantization: QuantizationConfig, where: str) -> None:
+    unit = values_per_unit(quantization.weight_bits)
+    if k % unit:
+        raise CheckpointError(
+            f"{where}: {name} expected a number of input features that is a multiple of {unit} "
+            f"to pack {quantization.weight_bits} bits, got {k}"
+        )
+    if quantization.group_size and k % quantization.group_size:
+        raise CheckpointError(
+            f"{where}: group_size expected a divisor of the {k} input features of {name}, "
+            f"got {quantization.group_size}"
+        )
+    if quantization.outlier_fraction and n * k > 1 << 31:
+        raise CheckpointError(f"{where}: {name} expected at most 2^31 weights to index outliers")
 
 
 def layer_tensors(sizes: ModelSizes, quantization: QuantizationConfig) -> dict[str, TensorSpec]:
     """The tensors of one decoder layer, by their name inside the layer."""
     specs: dict[str, TensorSpec] = {}
     for name, (n, k, has_bias) in sizes.linears().items():
-        specs[f"{name}.weight_packed"] = (
-            TensorSpec((n, k // 2), ("U8",))
-            if quantization.weight_bits == 4
-            else TensorSpec((n, k), ("I8",))
+        bits, group = quantization.weight_bits, quantization.group_size
+        specs[f"{name}.{PACKED}"] = (
+            TensorSpec((n, k), ("I8",))
+            if bits == 8
+            else TensorSpec((n, packed_bytes(k, bits)), ("U8",))
         )
-        specs[f"{name}.weight_scale"] = TensorSpec((n,), ("F32",), is_scale=True)
+        scales = (n, k // group) if group else (n,)
+        specs[f"{name}.{SCALE}"] = TensorSpec(scales, ("F32",), is_scale=True)
+        count = outlier_count((n, k), quantization.outlier_fraction)
+        if count:
+            specs[f"{name}.{OUTLIER_INDEX}"] = TensorSpec((count,), ("I32",), below=n * k)
+            specs[f"{name}.{OUTLIER_VALUE}"] = TensorSpec((count,), SIXTEEN_BIT)
         if has_bias:
             specs[f"{name}.bias"] = TensorSpec((n,), FLOATING)
     if quantization.activation_bits < 16:
@@ -266,7 +295,7 @@ def check_tensors(
             )
 
 
-_BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4}
+_BYTES = {"U8": 1, "I8": 1, "I32": 4, "F16": 2, "BF16": 2, "F32": 4}
 
 
 def storage(sizes: ModelSizes, quantization: QuantizationConfig) -> dict[str, int]:
@@ -275,13 +304,24 @@ def storage(sizes: ModelSizes, quantization: QuantizationConfig) -> dict[str, in
     A bias may be stored in 16 or 32 bits; it is counted as 16.
     """
     totals = dict.fromkeys(
-        ("linear_weights", "weight_scales", "biases", "static_scales", "prefix", "norms"), 0
+        (
+            "linear_weights",
+            "weight_scales",
+            "outliers",
+            "biases",
+            "static_scales",
+            "prefix",
+            "norms",
+        ),
+        0,
     )
     for name, spec in layer_tensors(sizes, quantization).items():
-        if name.endswith(".weight_packed"):
+        if name.endswith(f".{PACKED}"):
             kind = "linear_weights"
-        elif name.endswith(".weight_scale"):
+        elif name.endswith(f".{SCALE}"):
             kind = "weight_scales"
+        elif name.endswith((f".{OUTLIER_INDEX}", f".{OUTLIER_VALUE}")):
+            kind = "outliers"
         elif name.endswith(".bias"):
             kind = "biases"
         elif spec.is_scale:

@@ -97,6 +97,12 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
     compensation: Annotated[
         float, typer.Option(help="Ridge of weights that make up for earlier errors; 0: none do.")
     ] = COMPENSATION,
+    group_size: Annotated[
+        int, typer.Option(help="Columns that share a weight scale; 0: one an output channel.")
+    ] = 0,
+    outlier_fraction: Annotated[
+        float, typer.Option(help="Part of the weights that quantease-outlier keeps in 16 bits.")
+    ] = 0.01,
     prefix: Annotated[
         str, typer.Option(help=f"{', '.join(PREFIX_MODES)}, or text:... for tokens of your own.")
     ] = "verified",
@@ -141,6 +147,8 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
     recipe = RecipeConfig(
         scheme=Scheme.parse(scheme),
         solver=solver,
+        group_size=group_size,
+        outlier_fraction=outlier_fraction,
         compensation=compensation,
         prefix=prefix,
         eta=eta,

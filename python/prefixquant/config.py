@@ -22,7 +22,7 @@ _WEIGHT_BITS = (2, 3, 4, 8)
 _ACTIVATION_BITS = (4, 8, 16)
 _KV_BITS = (4, 8, 16)
 PREFIX_MODES = ("verified", "paper", "bos", "none")
-SOLVERS = ("rtn", "gptq", "quantease")
+SOLVERS = ("rtn", "gptq", "quantease", "quantease-outlier")
 # Ridge strength of `prefixquant.compensate`.
 COMPENSATION = 0.3
 
@@ -320,3 +320,8 @@ class RecipeConfig:
                 raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.r4_block_size < 0:
             raise UserError(f"r4_block_size: expected >= 0, got {self.r4_block_size}")
+
+    @property
+    def stored_outlier_fraction(self) -> float:
+        """That of the checkpoint: only one solver leaves outliers."""
+        return self.outlier_fraction if self.solver == "quantease-outlier" else 0.0

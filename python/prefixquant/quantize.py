@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefixquant import __version__, ops
+from prefixquant import __version__
 from prefixquant.block import PrefixKV
 from prefixquant.block_pipeline import BlockPipeline, Samples
 from prefixquant.calibrate import CalibratedBlock
 from prefixquant.checkpoint_layout import scale_tensor
 from prefixquant.config import QuantizationConfig, RecipeConfig
 from prefixquant.decoder import FloatDecoder
-from prefixquant.errors import UnsupportedModelError
+from prefixquant.errors import UnsupportedModelError, UserError
+from prefixquant.packing import pack_weight, values_per_unit
 from prefixquant.prefix import PrefixSearch, prefix_texts, search_prefix
 from prefixquant.progress import SILENT, Progress
 from prefixquant.resume import BlockState
-from prefixquant.roles import model_geometry, model_roles
+from prefixquant.roles import Geometry, model_geometry, model_roles
 from prefixquant.rotate import RotationPlan, plan_rotations
 from prefixquant.text import sample_windows
 
@@ -94,7 +95,6 @@ def quantize(
         seconds["train_end_to_end"] = report["end_to_end"]["seconds"]
     packer.add_ends()
 
-    outliers = recipe.outlier_fraction if recipe.solver == "quantease-outlier" else 0.0
     quantization = QuantizationConfig(
         weight_bits=recipe.scheme.weight_bits,
         activation_bits=recipe.scheme.activation_bits,
@@ -106,7 +106,7 @@ def quantize(
         solver=recipe.solver,
         producer=f"prefixquant {__version__}",
         group_size=recipe.group_size,
-        outlier_fraction=outliers,
+        outlier_fraction=recipe.stored_outlier_fraction,
         activation_mode=recipe.scheme.activation_mode,
         kv_mode=recipe.scheme.kv_mode,
     )
@@ -136,18 +136,31 @@ def find_prefix(
 def _plan(model: nn.Module, recipe: RecipeConfig) -> RotationPlan:
     model_roles(model.config)
     geometry = model_geometry(model.config)
-    _check_sizes(geometry)
+    _check_sizes(geometry, recipe)
     return plan_rotations(
         geometry, rotate=recipe.rotate, r4_block_size=recipe.r4_block_size, seed=recipe.seed
     )
 
 
-def _check_sizes(geometry) -> None:
-    """4-bit packing takes pairs: every input size must be even."""
+def _check_sizes(geometry: Geometry, recipe: RecipeConfig) -> None:
+    """4-bit packing takes pairs: every input size must be even. Fewer bits take more values to fill
+    a byte, and groups must fill a row."""
     for name in ("hidden", "intermediate", "head_dim"):
         if getattr(geometry, name) % 2:
             raise UnsupportedModelError(
                 f"{name} size: expected an even number, got {getattr(geometry, name)}"
+            )
+    unit = values_per_unit(recipe.scheme.weight_bits)
+    for columns in (geometry.hidden, geometry.heads * geometry.head_dim, geometry.intermediate):
+        if columns % unit:
+            raise UnsupportedModelError(
+                f"{recipe.scheme.weight_bits}-bit weights: expected a multiple of {unit} input "
+                f"features, got {columns}"
+            )
+        if recipe.group_size and columns % recipe.group_size:
+            raise UserError(
+                f"group_size: expected a divisor of {columns} input features, "
+                f"got {recipe.group_size}"
             )
 
 
@@ -173,11 +186,8 @@ class _Packer:
     def add_block(self, index: int, block: CalibratedBlock, prefix: PrefixKV) -> None:
         name, roles = f"{self.roles.blocks}.{index}", self.roles
         for role, path in roles.linears.items():
-            solved = block.weights[role]
-            q = solved.q.cpu()
-            packed = ops.pack_int4(q) if solved.bits == 4 else q
-            self.put(f"{name}.{path}.weight_packed", packed)
-            self.put(f"{name}.{path}.weight_scale", solved.scale, torch.float32)
+            for part, tensor in pack_weight(block.weights[role], self.dtype).items():
+                self.put(f"{name}.{path}.{part}", tensor)
             bias = block.simulated.biases[role]
             if bias is not None:
                 self.put(f"{name}.{path}.bias", bias, torch.float32)

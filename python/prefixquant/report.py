@@ -87,6 +87,8 @@ def plan_report(config: Any, model: str, recipe: RecipeConfig) -> dict[str, Any]
         prefix_mode=recipe.prefix,
         solver=recipe.solver,
         producer="dry run",
+        group_size=recipe.group_size,
+        outlier_fraction=recipe.stored_outlier_fraction,
     )
     return {
         **_head("dry-run", sys.argv),
@@ -326,13 +328,17 @@ def model_card(
     front = ["---", "library_name: prefixquant", "tags:", "- prefixquant", f"- {scheme}"]
     if is_hub_name:
         front += [f"base_model: {source}", "base_model_relation: quantized"]
+    group = quantization.group_size
+    scales = f"in groups of {group}" if group else "per output channel"
+    outliers = quantization.outlier_fraction
+    kept = f", {100 * outliers:g} percent of them in 16 bits beside" if outliers else ""
     lines = [
         *front,
         "---",
         "",
         f"# {config.get('model_type', 'model')} quantized to {scheme} with prefixquant",
         "",
-        f"Weights {scheme.weight_bits} bits per output channel, activations "
+        f"Weights {scheme.weight_bits} bits {scales}{kept}, activations "
         f"{scheme.activation_bits} bits static per tensor, KV cache {scheme.kv_bits} bits static.",
         f"Prefix: {describe_prefix(quantization.to_dict())}. Solver: {quantization.solver}.",
         "",

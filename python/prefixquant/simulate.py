@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prefixquant.block import BlockScales, BlockShape, PrefixKV, block_forward, rms_norm
 from prefixquant.checkpoint import read_checkpoint
 from prefixquant.checkpoint_layout import scale_tensor
-from prefixquant.ops import unpack_int4
+from prefixquant.packing import unpack_weight
 from prefixquant.roles import BlockWeights, model_geometry, model_roles
 
 
@@ -54,10 +54,9 @@ class SimulatedModel:
         attention = f"{name}.{roles.attention}"
         weights, biases = {}, {}
         for role, path in roles.linears.items():
-            q = self.tensors[f"{name}.{path}.weight_packed"]
-            q = unpack_int4(q) if q.dtype == torch.uint8 else q
-            scale = self._float(f"{name}.{path}.weight_scale")
-            weights[role] = q.to(self.device).float() * scale[:, None]
+            bits = self.quantization.weight_bits
+            solved = unpack_weight(self.tensors, f"{name}.{path}", bits)
+            weights[role] = solved.dequantize().to(self.device)
             bias = f"{name}.{path}.bias"
             biases[role] = self._float(bias) if bias in self.tensors else None
         norms = [roles.input_norm, roles.post_norm]

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from prefixquant import ops
 from prefixquant.hadamard import hadamard_signs, split_size
+from prefixquant.packing import unpack_bits
+from prefixquant.solvers.weight import column_scales
 
 
 class FixedDtypeModule(nn.Module):
@@ -49,6 +51,36 @@ class Rotation(FixedDtypeModule):
         return x if self.size == 1 else ops.hadamard(x, self.signs, self.size)
 
 
+class SparseOutliers(FixedDtypeModule):
+    """A sparse matrix S [N, K], the weights that stay in 16 bits beside a quantized linear.
+
+    Args:
+        index: int64 [s], ascending, n * K + k.
+        value: 16-bit [s].
+        shape: (N, K).
+    """
+
+    def __init__(self, index: Tensor, value: Tensor, shape: tuple[int, int]):
+        super().__init__(value.dtype)
+        self.shape = shape
+        self.register_buffer("index", index)
+        self.register_buffer("value", value)
+
+    def add_to(self, weight: Tensor) -> Tensor:
+        """``weight + S`` in place, float32 [N, K]."""
+        weight.view(-1)[self.index] += self.value.float()
+        return weight
+
+    def product(self, x: Tensor) -> Tensor:
+        """``x @ S.T`` in float32: x of any dtype [..., K] -> [..., N]."""
+        rows = x.reshape(-1, self.shape[1]).float()
+        places = torch.stack((self.index // self.shape[1], self.index % self.shape[1]))
+        sparse = torch.sparse_coo_tensor(
+            places, self.value.float(), self.shape, is_coalesced=True, check_invariants=False
+        )
+        return torch.sparse.mm(sparse, rows.T).T.reshape(*x.shape[:-1], self.shape[0])
+
+
 class QuantLinear(FixedDtypeModule):
     """``y = (q(x) @ W_q.T) * (input_scale * weight_scale) + bias`` on packed weights.
 
@@ -57,10 +89,13 @@ class QuantLinear(FixedDtypeModule):
     dynamic activations x is floating and each row has a scale of its own, applied to the sums.
 
     Args:
-        weight: uint8 [N, K/2] packed (4 bits) or int8 [N, K], the checkpoint's layout.
-        weight_scale: float32 [N].
+        weight: uint8 [N, K * bits / 8] packed (2, 3, 4 bits) or int8 [N, K], the checkpoint's
+            layout.
+        weight_scale: float32 [N], or [N, G] for groups of K / G columns (16-bit activations only).
         input_scale: float32 [], the static scale or the clip of dynamic ones; None for 16-bit
             activations.
+        weight_bits: None takes 4 for uint8 and 8 for int8.
+        outliers: what is added to the weight, or None.
     """
 
     def __init__(
@@ -73,14 +108,17 @@ class QuantLinear(FixedDtypeModule):
         activation_bits: int,
         compute_dtype: torch.dtype,
         activation_mode: str = "static",
+        weight_bits: int | None = None,
+        outliers: SparseOutliers | None = None,
     ):
         super().__init__(compute_dtype)
         self.dynamic = activation_mode == "dynamic"
         self._clip = input_scale.item() if self.dynamic else None
-        self.weight_bits = 4 if weight.dtype == torch.uint8 else 8
+        self.weight_bits = weight_bits or (4 if weight.dtype == torch.uint8 else 8)
         self.activation_bits = activation_bits
         self.out_features = weight.shape[0]
-        self.in_features = weight.shape[1] * (2 if self.weight_bits == 4 else 1)
+        self.in_features = weight.shape[1] * 8 // self.weight_bits
+        self.outliers = outliers
         if activation_bits < 16:
             weight = ops.prepack_w4(weight) if self.weight_bits == 4 else ops.prepack_w8(weight)
         self.register_buffer("weight", weight)
@@ -98,22 +136,33 @@ class QuantLinear(FixedDtypeModule):
             return self._by_row(x)
         if x.is_floating_point():
             x = ops.quantize_static(x, self.input_scale, self.activation_bits)
-        return self._gemm(
+        y = self._gemm(
             x, self.weight, self.weight_scale, self.input_scale, self.bias, self.compute_dtype
         )
+        if self.outliers is not None:
+            y += (self.outliers.product(x) * self.input_scale).to(y.dtype)
+        return y
 
     def _by_row(self, x: Tensor) -> Tensor:
         """The comparison mode: one more pass over y for the rows' scales."""
         q, row_scale = ops.quantize_dynamic(x, self.activation_bits, self._clip)
         one = torch.ones_like(self.input_scale)
         y = self._gemm(q, self.weight, self.weight_scale, one, None, torch.float32)
+        if self.outliers is not None:
+            y += self.outliers.product(q)
         y = y * row_scale.view(*y.shape[:-1], 1)
         return (y if self.bias is None else y + self.bias).to(self.compute_dtype)
 
     def _weight_only(self, x: Tensor) -> Tensor:
         # No kernel of its own: correct, and as slow as unpacking the weight for every product.
-        q = ops.unpack_int4(self.weight) if self.weight_bits == 4 else self.weight
-        weight = (q.float() * self.weight_scale[:, None]).to(x.dtype)
+        if self.weight_bits == 4:
+            q = ops.unpack_int4(self.weight)
+        else:
+            q = self.weight if self.weight_bits == 8 else unpack_bits(self.weight, self.weight_bits)
+        weight = q.float() * column_scales(self.weight_scale, self.in_features)
+        if self.outliers is not None:
+            weight = self.outliers.add_to(weight)
+        weight = weight.to(x.dtype)
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
     def canonical_weight(self) -> Tensor:

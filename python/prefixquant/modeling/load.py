@@ -20,7 +20,9 @@ from prefixquant.modeling.linear import (
     Rotation,
     SixteenBitEmbedding,
     SixteenBitHead,
+    SparseOutliers,
 )
+from prefixquant.packing import OUTLIER_INDEX, OUTLIER_VALUE
 from prefixquant.roles import POINTS, Roles, model_blocks, model_roles
 
 _POINT_OF = {role: point for point, roles in POINTS.items() for role in roles}
@@ -152,10 +154,25 @@ class _Builder:
             torch.cat([self.tensor(f"{path}.weight_scale") for path in paths]),
             scale,
             torch.cat([self.tensor(n) for n in names]) if names[0] in self.tensors else None,
+            weight_bits=self.scheme.weight_bits,
+            outliers=self._outliers(paths),
             activation_bits=self.scheme.activation_bits,
             compute_dtype=self.dtype,
             activation_mode=self.scheme.activation_mode,
         )
+
+    def _outliers(self, paths: list[str]) -> SparseOutliers | None:
+        """Those of the stacked rows of the linears at ``paths``."""
+        if f"{paths[0]}.{OUTLIER_INDEX}" not in self.tensors:
+            return None
+        index, value, columns, first = [], [], 0, 0
+        for path in paths:
+            rows, row_bytes = self.tensors[f"{path}.weight_packed"].shape
+            columns = row_bytes * 8 // self.scheme.weight_bits
+            index.append(self.tensor(f"{path}.{OUTLIER_INDEX}").long() + first * columns)
+            value.append(self.tensor(f"{path}.{OUTLIER_VALUE}"))
+            first += rows
+        return SparseOutliers(torch.cat(index), torch.cat(value), (first, columns))
 
     def norm(self, name: str, scale: str | None) -> nn.Module:
         weight = self.tensor(f"{name}.weight").to(self.dtype)
@@ -275,6 +292,7 @@ def _generation_defaults(model: nn.Module, path: Path) -> None:
 
 
 def linear_weight_bytes(model: nn.Module) -> int:
-    """Bytes that the linears of a loaded model hold in memory: weights, scales and biases."""
+    """Bytes that the linears of a loaded model hold in memory: weights, scales, outliers
+    and biases."""
     linears = (m for m in model.modules() if isinstance(m, QuantLinear))
     return sum(b.numel() * b.element_size() for linear in linears for b in linear.buffers())

@@ -13,7 +13,14 @@ from prefixquant.quantizer import qrange
 from prefixquant.solvers.gptq import round_at_best_scales
 from prefixquant.solvers.quantease import SWEEPS, Descent, Sweep, descend, solve_quantease
 from prefixquant.solvers.rtn import solve_rtn
-from prefixquant.solvers.weight import DAMPING, Outliers, QuantizedWeight, column_scales, damped
+from prefixquant.solvers.weight import (
+    DAMPING,
+    Outliers,
+    QuantizedWeight,
+    column_scales,
+    damped,
+    outlier_count,
+)
 
 FRACTION = 0.01
 _CHOICES = 8  # sweeps after which the support is chosen anew; it hardly changes after 5
@@ -65,17 +72,6 @@ def solve_quantease_outlier(
     index = state.free.T.flatten().nonzero().squeeze(1)
     outliers = Outliers(index, excess.flatten()[index])
     return QuantizedWeight(q.to(torch.int8), scale if group_size else scale[:, 0], bits, outliers)
-
-
-def outlier_count(shape: tuple[int, int], fraction: float) -> int:
-    """How many entries of a weight of that shape stay in high precision.
-
-    Raises:
-        ValueError: a fraction that is none.
-    """
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction: expected 0 to 1, got {fraction}")
-    return int(fraction * shape[0] * shape[1])
 
 
 def _largest(values: Tensor, count: int) -> Tensor:

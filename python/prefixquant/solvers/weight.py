@@ -65,6 +65,17 @@ def group_length(columns: int, group_size: int) -> int:
     return group_size or columns
 
 
+def outlier_count(shape: tuple[int, int], fraction: float) -> int:
+    """How many entries of a weight of that shape stay in high precision.
+
+    Raises:
+        ValueError: a fraction that is none.
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction: expected 0 to 1, got {fraction}")
+    return int(fraction * shape[0] * shape[1])
+
+
 def row_errors(delta: Tensor, hessian: Tensor) -> Tensor:
     """``d_n H d_n^T`` of every row of delta [N, K]: float32 [N]."""
     return ((delta @ hessian) * delta).sum(dim=1)
