@@ -98,7 +98,7 @@ class QuantLinear(FixedDtypeModule):
         outliers: what is added to the weight, or None.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a checkpoint holds
         self,
         weight: Tensor,
         weight_scale: Tensor,
