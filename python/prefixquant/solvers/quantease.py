@@ -4,7 +4,7 @@
 Behdin et al., "QuantEase: Optimization-based Quantization for Language Models", arXiv 2309.01885.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -75,17 +75,57 @@ def descend(
 ) -> tuple[Tensor, Tensor]:
     """The sweeps of `solve_quantease`: the best levels [N, K] and scales [N, G] of every row."""
     kept = _Best(state)
+    step = {relaxed: Replayed(lambda r=relaxed: _step(state, kept, r)) for relaxed in (True, False)}
     for index in range(sweeps):
         relaxed = index % _RELAX_EVERY == _RELAX_EVERY - 1 and index < sweeps - _SETTLING
-        state.sweep(relaxed)
-        if not relaxed:
-            state.refit_scales()
-        errors = state.errors()
-        if not relaxed:
-            kept.update(state, errors)
+        step[relaxed](state.levels.device)
         if history is not None:
-            history.append(Sweep(relaxed, errors.sum().item(), kept.errors.sum().item()))
+            found = state.errors().sum().item()
+            history.append(Sweep(relaxed, found, kept.errors.sum().item()))
     return kept.levels.T.contiguous(), kept.scale.T.contiguous()
+
+
+def _step(state: "Descent", kept: "_Best", relaxed: bool) -> None:
+    state.sweep(relaxed)
+    if not relaxed:
+        state.refit_scales()
+        kept.update(state)
+
+
+class Replayed:
+    """A function without arguments or result that works in place on fixed tensors.
+
+    A sweep is hundreds of small operations. On a GPU they are recorded as a CUDA graph at the
+    second call (the first loads what is loaded lazily) and replayed from then on: the launches of a
+    sweep then cost the host one.
+    """
+
+    def __init__(self, function: Callable[[], None]):
+        self.function = function
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, device: torch.device) -> None:
+        self.calls += 1
+        if device.type != "cuda" or self.calls == 1:
+            self.function()
+            return
+        with torch.cuda.device(device):
+            if self.graph is None:
+                self.graph = self._recorded()
+            self.graph.replay()
+
+    def _recorded(self) -> torch.cuda.CUDAGraph:
+        # Not `torch.cuda.graph`: it collects garbage and empties the allocator's cache first, which
+        # takes longer than the sweeps of a small layer.
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            self.function()
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        return graph
 
 
 class _Best:
@@ -96,11 +136,15 @@ class _Best:
         self.scale = state.scale.clone()
         self.errors = state.errors()
 
-    def update(self, state: "Descent", errors: Tensor) -> None:
+    def update(self, state: "Descent") -> None:
+        errors = state.errors()
         better = errors < self.errors
-        for name in ("levels", "scale"):
-            setattr(self, name, torch.where(better, getattr(state, name), getattr(self, name)))
-        self.errors = torch.where(better, errors, self.errors)
+        for kept, new in (
+            (self.levels, state.levels),
+            (self.scale, state.scale),
+            (self.errors, errors),
+        ):
+            torch.where(better, new, kept, out=kept)
 
 
 class Descent:
@@ -129,12 +173,17 @@ class Descent:
         self.free = None if free is None else free.T.contiguous()
         self.length = len(self.target) // len(self.scale)
         self.delta = self.levels * self.column_scales() - self.target
-        # What a change of column i does to the best value of column j: -H_ij / H_jj.
         self.curvature = hessian.diagonal()[:, None]
-        self.mixing = {
-            block.start: (-hessian[block, block] / hessian.diagonal()[block]).contiguous()
-            for _, block in self.blocks()
-        }
+        # For each block of columns: what a change of column i does to the best value of column j,
+        # -H_ij / H_jj, and the changes of a relaxed sweep for a gradient, -tril(H)^-1.
+        self.mixing: dict[int, Tensor] = {}
+        self.relaxing: dict[int, Tensor] = {}
+        for _, block in self.blocks():
+            local = hessian[block, block]
+            self.mixing[block.start] = (-local / local.diagonal()).contiguous()
+            identity = torch.eye(len(local), dtype=torch.float64, device=local.device)
+            lower = torch.linalg.solve_triangular(local.double().tril(), identity, upper=False)
+            self.relaxing[block.start] = -lower.float()
 
     def column_scales(self) -> Tensor:
         """[K, N] or, for one scale a row of the weight, [1, N]."""
@@ -159,9 +208,8 @@ class Descent:
             gradient = self.hessian[block] @ self.delta
             if relaxed:
                 # tril(H) D = -G: each column at its best, the ones before it moved already.
-                lower = self.hessian[block, block].tril()
-                change = torch.linalg.solve_triangular(lower, gradient, upper=False)
-                self.levels[block] = (before - change) / steps
+                values = torch.addmm(before, self.relaxing[block.start], gradient)
+                torch.div(values, steps, out=self.levels[block])
             else:
                 best = torch.addcdiv(before, gradient, self.curvature[block], value=-1)
                 free = None if self.free is None else self.free[block]
