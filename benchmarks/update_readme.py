@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of README.md from the JSON files under benchmarks/results.
+"""Writes the tables of README.md and docs/results.md from the JSON files under benchmarks/results.
 
 Usage: python benchmarks/update_readme.py [--check]
 
 A result file holds ``"table"`` (a name), ``"columns"``, ``"rows"``, and may hold ``"title"`` and
-``"note"``, beside whatever else was recorded (environment, protocol, samples). README.md names a
+``"note"``, beside whatever else was recorded (environment, protocol, samples). A document names a
 table between ``<!-- table:name -->`` and ``<!-- /table -->``; every file of that name goes there,
-in the order of the file names. ``--check`` writes nothing and fails where README.md would change.
+in the order of the file names. ``--check`` writes nothing and fails where a document would change.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -91,15 +92,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
     arguments = parser.parse_args()
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = update(before, load_results(ROOT / "benchmarks" / "results"))
-    if arguments.check:
-        if before != after:
-            print("README.md differs from benchmarks/results: run benchmarks/update_readme.py")
-        return int(before != after)
-    path.write_text(after, encoding="utf-8")
-    return 0
+    results = load_results(ROOT / "benchmarks" / "results")
+    stale = False
+    for path in DOCUMENTS:
+        before = path.read_text(encoding="utf-8")
+        after = update(before, results)
+        stale |= before != after
+        if before != after and arguments.check:
+            print(f"{path.name} differs from benchmarks/results: run benchmarks/update_readme.py")
+        elif before != after:
+            path.write_text(after, encoding="utf-8")
+    return int(stale and arguments.check)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
         --model M.gguf --text TEXT.txt.gz --name smollm2-135m --device cuda
 
 Protocol as in run_protocol.py (calibration on the first 82 % of the text, perplexity over windows
-of the last 18 %), by fake quantization. ``update_results.py`` makes docs/results.md of the files.
+of the last 18 %), by fake quantization. ``update_readme.py`` writes the
+tables of docs/results.md from the files.
 """
 
 import argparse
@@ -240,11 +241,12 @@ def main() -> None:
 
 
 def save(arguments: argparse.Namespace, bench: Workbench, name: str, rows: list[dict]) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     result = {
-        "experiment": name,
-        "title": EXPERIMENTS[name].__doc__.strip(),
-        "model": arguments.name,
-        "rows": rows,
+        "table": f"experiment-{name}",
+        "title": f"{arguments.name}: {EXPERIMENTS[name].__doc__.strip()}",
+        "columns": columns,
+        "rows": [[row.get(column) for column in columns] for row in rows],
         "protocol": {**vars(bench.protocol), "windows": len(bench.windows)},
         "environment": environment(),
         "commit": commit(),
