@@ -39,7 +39,17 @@ from prefixquant.workflow import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from provenance import ROOT, commit
 
-SETTINGS = ("w4a4kv4:none", "w4a4kv4:verified", "w4a4kv4:paper", "w4a8kv4:verified")
+SETTINGS = (
+    "w4a4kv4:verified",
+    "w4a8kv4:verified",
+    "w4a4kv4:paper",
+    "w4a4kv4:none",
+    "w4a4kv4:verified:plain",
+    "w4a8kv4:verified:plain",
+    "w4a4kv4:none:plain",
+)
+# Static quantization as in PrefixQuant without fine-tuning: rounded weights, nothing compensated.
+PLAIN = {"solver": "rtn", "compensation": 0.0}
 REFERENCE = "float, verified prefix"
 
 
@@ -49,19 +59,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", required=True, help="a .txt or .jsonl file, also as .gz")
     parser.add_argument("--name", required=True, help="name of the model in the result file")
     parser.add_argument(
-        "--settings", nargs="+", default=SETTINGS, help="scheme:prefix; the prefix as in quantize"
+        "--settings",
+        nargs="+",
+        default=SETTINGS,
+        help="scheme:prefix, the prefix as in quantize; scheme:prefix:plain for round-to-nearest "
+        "weights that make up for nothing",
     )
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--seqlen", type=int, default=2048)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="of the float models and quantization")
+    parser.add_argument("--kernels", default="cpu", help="the device of the packed kernels")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "protocol")
     parser.add_argument(
         "--reuse", action="store_true", help="measure checkpoints that are in --work already"
-    )
-    parser.add_argument(
-        "--plain",
-        action="store_true",
-        help="with --reuse: perplexities of the checkpoints alone, no float models, no KL",
     )
     parser.add_argument(
         "--results", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy"
@@ -73,30 +83,19 @@ def describe(ids: tuple[int, ...], tokenizer) -> str:
     return " ".join(repr(tokenizer.decode([i])) for i in ids) or "none"
 
 
-def setting_label(scheme: str, mode: str) -> str:
-    return f"{scheme.upper()} static, {'no' if mode == 'none' else mode} prefix"
+def read_setting(setting: str) -> RecipeConfig:
+    scheme, mode, *plain = setting.split(":")
+    if plain not in ([], ["plain"]):
+        raise SystemExit(
+            f"--settings: expected scheme:prefix or scheme:prefix:plain, got {setting}"
+        )
+    return RecipeConfig(scheme=Scheme.parse(scheme), prefix=mode, **(PLAIN if plain else {}))
 
 
-def measure_plainly(arguments, samples: torch.Tensor, protocol: Protocol, progress) -> None:
-    """Perplexities of checkpoints that exist, into ``NAME-plain.json``."""
-    candidates = {}
-    for setting in arguments.settings:
-        folder = arguments.work / arguments.name / setting.replace(":", "-")
-        candidates[setting_label(*setting.split(":", 1))] = Candidate(prefixquant.load(folder))
-    measured = compare(candidates, next(iter(candidates)), samples, progress)
-    result = {
-        "table": "accuracy",
-        "title": f"{arguments.name}, the same text and windows, checkpoints alone",
-        "columns": ["setting", "PPL"],
-        "rows": [[name, round(values["ppl"], 2)] for name, values in measured.items()],
-        "protocol": {**vars(protocol), "windows": len(samples)},
-        "environment": environment(),
-        "commit": commit(),
-    }
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    replace_files(arguments.results, {f"{arguments.name}-plain.json": report_json(result)})
-    for row in result["rows"]:
-        sys.stdout.write("  ".join(str(cell) for cell in row) + "\n")
+def setting_label(recipe: RecipeConfig) -> str:
+    prefix = "no" if recipe.prefix == "none" else recipe.prefix
+    label = f"{str(recipe.scheme).upper()} static, {prefix} prefix"
+    return label if recipe.compensation else f"{label}, plain RTN"
 
 
 def main() -> None:
@@ -111,9 +110,6 @@ def main() -> None:
     samples = protocol.samples(content, tokenizer)
     calibration = calibration_tokens(content, tokenizer)
 
-    if arguments.plain:
-        measure_plainly(arguments, samples, protocol, progress)
-        return
     search = find_prefix(
         float_model, tokenizer, RecipeConfig(prefix="verified"), calibration, progress
     )
@@ -134,25 +130,26 @@ def main() -> None:
 
     reports = {}
     for setting in arguments.settings:
-        scheme, mode = setting.split(":", 1)
+        recipe = read_setting(setting)
         folder = arguments.work / arguments.name / setting.replace(":", "-")
         if not (arguments.reuse and folder.exists()):
             progress.note(f"--- {setting} ---")
             reports[setting] = quantize_and_save(
                 float_model,
                 tokenizer,
-                RecipeConfig(scheme=Scheme.parse(scheme), prefix=mode),
+                recipe,
                 calibration,
                 folder,
                 origin=Origin(arguments.name, protocol.text, command=("run_protocol.py",)),
-                search=searches.get(mode),
+                search=searches.get(recipe.prefix),
                 overwrite=True,
                 progress=progress,
             )
-        label = setting_label(scheme, mode)
+        label = setting_label(recipe)
         prefixes[label] = saved_configs(folder)[1].prefix_token_ids
-        candidates[label] = Candidate(prefixquant.load(folder, device=arguments.device))
-        if mode == "verified":  # what the kernels compute, by float products on the same integers
+        candidates[label] = Candidate(prefixquant.load(folder, device=arguments.kernels))
+        # What the kernels compute, by float products on the same integers.
+        if setting.endswith(":verified"):
             prefixes[f"{label}, simulated"] = prefixes[label]
             simulated = SimulatedModel(folder, device=arguments.device)
             candidates[f"{label}, simulated"] = Candidate(simulated)
