@@ -94,19 +94,20 @@ GemmConfigList to_list(const GemmW4Config& c) {
           c.cluster,
           c.grid,
           c.split_k,
-          c.stream_k_tiles};
+          c.stream_k_tiles,
+          c.release_stages};
 }
 
 GemmW4Config from_list(const GemmConfigList& list) {
   PQ_CHECK(
       "gemm_w4",
-      list.size() == 8 && list[0] >= 0 && list[0] <= static_cast<int>(GemmW4Kernel::kMmaInt4Sm80),
-      "config: expected 8 integers, the first one a kernel");
+      list.size() == 9 && list[0] >= 0 && list[0] <= static_cast<int>(GemmW4Kernel::kGemvStream),
+      "config: expected 9 integers, the first one a kernel");
   GemmW4Config c;
   c.kernel = static_cast<GemmW4Kernel>(list[0]);
-  int* const fields[] = {&c.block_rows, &c.block_tokens, &c.stages,        &c.cluster,
-                         &c.grid,       &c.split_k,      &c.stream_k_tiles};
-  for (int i = 0; i < 7; ++i) *fields[i] = checked_int("gemm_w4", "config", list[i + 1]);
+  int* const fields[] = {&c.block_rows, &c.block_tokens, &c.stages,         &c.cluster,
+                         &c.grid,       &c.split_k,      &c.stream_k_tiles, &c.release_stages};
+  for (int i = 0; i < 8; ++i) *fields[i] = checked_int("gemm_w4", "config", list[i + 1]);
   return c;
 }
 
@@ -158,7 +159,8 @@ GemmConfigList gemm_config_cuda(int64_t m, int64_t n, int64_t k, int64_t weight_
   if (family == "mma") return to_list(choose_gemm_w4_mma_config(shape, sms, sm_arch));
   if (family == "wgmma") return to_list(choose_gemm_w4_sm90_config(shape, sms));
   if (family == "mma_int4") return to_list(choose_gemm_w4_sm80_config(shape, sms));
-  PQ_CHECK(op, family.empty(), "family: expected mma, wgmma or mma_int4, got ", family);
+  if (family == "stream") return to_list(choose_gemm_w4_stream_config(shape, sms));
+  PQ_CHECK(op, family.empty(), "family: expected mma, wgmma, mma_int4 or stream, got ", family);
   return to_list(choose_gemm_w4_config(shape, sms, sm_arch));
 }
 

@@ -28,10 +28,11 @@ void prepack_cuda(const TensorView& weight, int64_t bits, const TensorView& prep
 void unprepack_cuda(const TensorView& prepacked, int64_t bits, const TensorView& weight,
                     uintptr_t stream);
 
-// kernel, block_rows, block_tokens, stages, cluster, grid, split_k, stream_k_tiles: GemmW4Config.
+// kernel, block_rows, block_tokens, stages, cluster, grid, split_k, stream_k_tiles, release_stages:
+// GemmW4Config.
 using GemmConfigList = std::vector<int64_t>;
-// `family`: "" for the choice among all kernels, or "mma", "wgmma", "mma_int4" for that family's
-// own.
+// `family`: "" for the choice among all kernels, or "mma", "wgmma", "mma_int4", "stream" for that
+// family's own.
 GemmConfigList gemm_config_cuda(int64_t m, int64_t n, int64_t k, int64_t weight_bits,
                                 int64_t activation_bits, int64_t sm_count, int64_t arch,
                                 const std::string& family);

@@ -18,7 +18,7 @@ if not (_C.with_cuda and torch.cuda.is_available()):
 from prefixquant.ops.gemm_cuda import launch_gemm  # noqa: E402
 
 HEADERS = Path(__file__).resolve().parent.parent / "cuda" / "include" / "prefixquant"
-MMA, WGMMA, MMA_INT4 = 2, 3, 4  # enum GemmW4Kernel
+MMA, WGMMA, MMA_INT4, STREAM = 2, 3, 4, 5  # enum GemmW4Kernel
 ROWS = (0, 1, 3, 17, 137)
 # N below, at and beside the tiles; K beside the 64 and 128 of the layout, then real sizes.
 SHAPES = ((1, 64), (40, 576), (64, 128), (100, 1536), (257, 200), (1000, 2048))
@@ -83,7 +83,7 @@ def mma_configs() -> list[tuple[int, list[int]]]:
         for splits in (1, 2, 4, 8):
             kernel = MMA_INT4 if nibble else MMA
             rows, tokens = 16 * row_tiles * row_warps, 8 * token_tiles
-            configs.append((bits, [kernel, rows, tokens, stages, splits, 0, splits, 0]))
+            configs.append((bits, [kernel, rows, tokens, stages, splits, 0, splits, 0, 0]))
     return configs
 
 
@@ -98,7 +98,7 @@ def sm90_configs(m: int, n: int, k: int) -> list[tuple[int, list[int]]]:
 
         def add(grid: int, stream_k_tiles: int, of=(bits, rows, tokens, cluster, split)) -> None:
             bits, rows, tokens, cluster, split = of
-            config = [WGMMA, rows, tokens, 0, cluster, grid, split, stream_k_tiles]
+            config = [WGMMA, rows, tokens, 0, cluster, grid, split, stream_k_tiles, 0]
             configs.append((bits, config))
 
         if split > 1:
@@ -109,6 +109,17 @@ def sm90_configs(m: int, n: int, k: int) -> list[tuple[int, list[int]]]:
         if 2 * tiles <= clusters:
             add(2 * tiles * cluster, tiles)
     return configs
+
+
+def stream_configs() -> list[tuple[int, list[int]]]:
+    """(weight bits, config) of the streaming GEMV: every split, rings of two stages to many."""
+    return [
+        (bits, [STREAM, 64, 8, stages, splits, 0, splits, 0, release])
+        for bits in (4, 8)
+        for release in (0, 2)
+        for stages in (2, 3, 7)
+        for splits in (1, 2, 4, 8)
+    ]
 
 
 def check_config(problem: Problem, bits: int, config: list[int]) -> None:
@@ -122,6 +133,8 @@ def check_config(problem: Problem, bits: int, config: list[int]) -> None:
 
 is_hopper = torch.cuda.get_device_capability() == (9, 0)
 hopper = pytest.mark.skipif(not is_hopper, reason="wgmma needs sm_90")
+has_clusters = torch.cuda.get_device_capability() >= (9, 0)
+sm_90_or_later = pytest.mark.skipif(not has_clusters, reason="bulk copies need sm_90")
 
 
 @pytest.mark.parametrize(("n", "k"), [*SHAPES, *LONG_SHAPES])
@@ -156,7 +169,40 @@ def test_wgmma_kernels_are_exact(m: int, n: int, k: int):
         check_config(problems[bits], bits, config)
 
 
-@pytest.mark.parametrize("m", [*ROWS, 64, 300, 2048])
+@sm_90_or_later
+@pytest.mark.parametrize("m", [0, 1, 2, 3, 7, 8])
+@pytest.mark.parametrize(("n", "k"), [*SHAPES, *LONG_SHAPES])
+def test_streaming_gemv_is_exact(m: int, n: int, k: int):
+    problems = {4: make_problem(m, n, k), 8: make_problem(m, n, k, weight_bits=8)}
+    for bits, config in stream_configs():
+        check_config(problems[bits], bits, config)
+
+
+@sm_90_or_later
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("release", [0, 1, 4])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (4096, 14336), (258, 200)])
+def test_streaming_gemv_launches_that_follow_each_other(bits: int, release: int, n: int, k: int):
+    # A launch prefetches weights while the one before it still runs and writes its activations.
+    problem = make_problem(8, n, k, bits)
+    other = make_problem(8, k, n, bits)
+    m = problem.x.shape[0]
+    scale = torch.tensor(float(k) * 4.0, device="cuda")
+    config = [STREAM, 64, 8, 4, 2, 0, 2, 0, release]
+    options = {"bits": (bits, 8), "config": config}
+    for _ in range(20):
+        q = launch_gemm(*problem.operands(), output_scale=scale, **options)
+        y = launch_gemm(q, *other.operands()[1:], out_dtype=torch.int32, **options)
+    expected = launch_gemm(
+        *problem.operands(), output_scale=scale, bits=(bits, 8),
+        config=[MMA, 64, 8, 8 if bits == 4 else 4, 1, 0, 1, 0, 0],
+    )  # fmt: skip
+    assert q.shape == (m, n)
+    assert_bits_equal(q, expected, "first launch")
+    assert_bits_equal(y, reference.gemm_sums(q, other.weight), "second launch")
+
+
+@pytest.mark.parametrize("m", [*ROWS, 2, 4, 8, 64, 300, 2048])
 @pytest.mark.parametrize(("n", "k"), [*SHAPES, *LONG_SHAPES, (4096, 4096)])
 @pytest.mark.parametrize("operation", ["gemm_w4a4", "gemm_w4a8", "gemm_w8a8"])
 def test_chosen_kernel_is_exact(operation: str, m: int, n: int, k: int):
@@ -359,9 +405,19 @@ def test_wrong_argument_is_named(name: str, index: int):
 def test_config_of_no_kernel_is_refused():
     problem = make_problem(5, 256, 512)
     with pytest.raises(ValueError, match="config"):
-        launch_gemm(*problem.operands(), config=[MMA, 48, 8, 4, 1, 0, 1, 0])
+        launch_gemm(*problem.operands(), config=[MMA, 48, 8, 4, 1, 0, 1, 0, 0])
     with pytest.raises(ValueError, match="config"):
-        launch_gemm(*problem.operands(), config=[9, 64, 8, 4, 1, 0, 1, 0])
+        launch_gemm(*problem.operands(), config=[9, 64, 8, 4, 1, 0, 1, 0, 0])
+    for config in (
+        [STREAM, 128, 8, 4, 1, 0, 1, 0, 0],
+        [STREAM, 64, 8, 1, 1, 0, 1, 0, 0],
+        [STREAM, 64, 8, 64, 1, 0, 1, 0, 0],  # the ring exceeds shared memory
+        [STREAM, 64, 8, 4, 3, 0, 3, 0, 0],
+    ):
+        with pytest.raises(ValueError, match="config"):
+            launch_gemm(*problem.operands(), config=config)
+    with pytest.raises(ValueError, match="at most 8 tokens"):
+        launch_gemm(*make_problem(9, 256, 512).operands(), config=[STREAM, 64, 8, 4, 1, 0, 1, 0, 0])
     with pytest.raises(ValueError, match="out_dtype"):
         launch_gemm(*problem.operands(), out_dtype=torch.float64)
     with pytest.raises(ValueError, match="swiglu"):

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Small self-checking launches of every kernel family, made for compute-sanitizer; needs no Python.
-//   bench_gemv_w4 [mma|mma_int4|wgmma]...     (default: all that the device has)
+//   bench_gemv_w4 [mma|mma_int4|wgmma|stream]...     (default: all that the device has)
 //   compute-sanitizer --tool memcheck|racecheck|synccheck bench_gemv_w4 mma
 // Buffers have exactly the sizes that the interface asks for, so that memcheck sees a byte too
 // many.
@@ -33,9 +33,41 @@ T* to_device(const std::vector<T>& host) {
   return device;
 }
 
-// Runs one shape with one family's own config; returns the number of wrong sums.
-int run(const std::string& family, const Shape& s, int bits, int sm_count) {
+// The configs of a family to launch: its own choice, and those that small shapes would not get.
+std::vector<GemmW4Config> configs_of(const std::string& family, const GemmW4Shape& shape,
+                                     int sm_count) {
+  if (family == "mma_int4") return {choose_gemm_w4_sm80_config(shape, sm_count)};
+  if (family == "mma") return {choose_gemm_w4_mma_config(shape, sm_count, 90)};
+  if (family == "stream") {
+    std::vector<GemmW4Config> configs = {choose_gemm_w4_stream_config(shape, sm_count)};
+    if (configs[0].stages == 0) configs.clear();  // the choice is another kernel
+    GemmW4Config split;                           // a ring that goes round, a split, a late release
+    split.kernel = GemmW4Kernel::kGemvStream;
+    split.block_rows = 64, split.block_tokens = kGemvStreamTokens;
+    split.stages = split.split_k = split.cluster = split.release_stages = 2;
+    configs.push_back(split);
+    return configs;
+  }
+  GemmW4Config shared;  // clusters of two that share the activations, whole tiles
+  shared.block_tokens = 64;
+  shared.stages = 0, shared.cluster = 2;
+  const int token_tiles = (shape.m + 63) / 64;
+  shared.grid = (shape.n + 255) / 256 * token_tiles * 2;
+  GemmW4Config stream_k = shared;  // every tile cut in two along k
+  stream_k.cluster = 1;
+  stream_k.stream_k_tiles = (shape.n + 127) / 128 * token_tiles;
+  stream_k.grid = 2 * stream_k.stream_k_tiles;
+  std::vector<GemmW4Config> configs = {choose_gemm_w4_sm90_config(shape, sm_count)};
+  if (shape.weight_bits == 4) configs.push_back(shared);  // no int8 tile of 64 tokens is shared
+  if (shape.k > 128) configs.push_back(stream_k);
+  return configs;
+}
+
+// Runs one shape with one config; returns the number of wrong sums.
+int run(const std::string& family, const Shape& s, const GemmW4Shape& shape,
+        const GemmW4Config& config) {
   const bool int4 = family == "mma_int4";
+  const int bits = shape.weight_bits;
   const int k_row = (s.k + 15) / 16 * 16, x_limit = int4 ? 8 : 128, w_limit = bits == 4 ? 8 : 128;
   std::vector<int8_t> x(size_t(s.m) * k_row), w(size_t(s.n) * s.k);
   for (auto& v : x) v = static_cast<int8_t>(std::rand() % (2 * x_limit) - x_limit);
@@ -50,10 +82,6 @@ int run(const std::string& family, const Shape& s, int bits, int sm_count) {
     prepack_w8_host(w.data(), prepacked.data(), s.n, s.k);
   }
 
-  const GemmW4Shape shape{s.m, s.n, s.k, bits, int4 ? 4 : 8};
-  GemmW4Config config = family == "wgmma" ? choose_gemm_w4_sm90_config(shape, sm_count)
-                        : int4            ? choose_gemm_w4_sm80_config(shape, sm_count)
-                                          : choose_gemm_w4_mma_config(shape, sm_count, 90);
   std::vector<int32_t> out(size_t(s.m) * s.n, -1);
   const std::vector<float> scales(s.n, 0.5f), one(1, 1.0f);
   const std::vector<uint8_t> zeros(gemm_w4_workspace_bytes(shape, config) + 16, 0);
@@ -100,12 +128,18 @@ int main(int argc, char** argv) try {
   PQ_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
   std::vector<std::string> families(argv + 1, argv + argc);
   if (families.empty()) families = {"mma", "mma_int4"};
+  if (argc == 1 && major >= 9) families.push_back("stream");
   if (argc == 1 && major == 9) families.push_back("wgmma");
   int wrong = 0;
   for (const std::string& family : families)
-    for (const Shape& shape : kShapes)
+    for (const Shape& s : kShapes)
       for (const int bits : {4, 8})
-        if (bits == 4 || family != "mma_int4") wrong += run(family, shape, bits, sm_count);
+        if ((bits == 4 || family != "mma_int4") &&
+            (s.m <= prefixquant::kGemvStreamTokens || family != "stream")) {
+          const prefixquant::GemmW4Shape shape{s.m, s.n, s.k, bits, family == "mma_int4" ? 4 : 8};
+          for (const auto& config : configs_of(family, shape, sm_count))
+            wrong += run(family, s, shape, config);
+        }
   std::cout << (wrong ? "WRONG" : "all exact") << std::endl;
   return wrong ? 1 : 0;
 } catch (const std::exception& error) {

@@ -10,7 +10,8 @@ namespace prefixquant {
 bool operator==(const GemmW4Config& a, const GemmW4Config& b) {
   return a.kernel == b.kernel && a.block_rows == b.block_rows && a.block_tokens == b.block_tokens &&
          a.stages == b.stages && a.cluster == b.cluster && a.grid == b.grid &&
-         a.split_k == b.split_k && a.stream_k_tiles == b.stream_k_tiles;
+         a.split_k == b.split_k && a.stream_k_tiles == b.stream_k_tiles &&
+         a.release_stages == b.release_stages;
 }
 
 const char* gemm_w4_kernel_name(GemmW4Kernel kernel) {
@@ -25,15 +26,18 @@ const char* gemm_w4_kernel_name(GemmW4Kernel kernel) {
       return "wgmma_sm90";
     case GemmW4Kernel::kMmaInt4Sm80:
       return "mma_int4_sm80";
+    case GemmW4Kernel::kGemvStream:
+      return "gemv_stream";
   }
   return "unknown";
 }
 
 std::ostream& operator<<(std::ostream& os, const GemmW4Config& c) {
-  return os << "{" << gemm_w4_kernel_name(c.kernel) << ", tile " << c.block_rows << "x"
-            << c.block_tokens << ", stages " << c.stages << ", cluster " << c.cluster << ", grid "
-            << c.grid << ", split_k " << c.split_k << ", stream_k_tiles " << c.stream_k_tiles
-            << "}";
+  os << "{" << gemm_w4_kernel_name(c.kernel) << ", tile " << c.block_rows << "x" << c.block_tokens
+     << ", stages " << c.stages << ", cluster " << c.cluster << ", grid " << c.grid << ", split_k "
+     << c.split_k << ", stream_k_tiles " << c.stream_k_tiles;
+  if (c.kernel == GemmW4Kernel::kGemvStream) os << ", release_stages " << c.release_stages;
+  return os << "}";
 }
 
 }  // namespace prefixquant

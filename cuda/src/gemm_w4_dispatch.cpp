@@ -50,6 +50,10 @@ GemmW4Config choose_gemm_w4_config(const GemmW4Shape& shape, int sm_count, int a
   if (has_int4_mma && shape.weight_bits == 4 && shape.activation_bits == 4)
     return choose_gemm_w4_sm80_config(shape, sm_count);
   const bool many_rows = shape.n >= 2 * 64 * sm_count;
+  if (arch == 90 && shape.m <= (many_rows ? kLastMmaTokensManyRows : kGemvStreamTokens)) {
+    const GemmW4Config stream = choose_gemm_w4_stream_config(shape, sm_count);
+    if (stream.stages > 0) return stream;
+  }
   if (arch == 90 && shape.m > (many_rows ? kLastMmaTokensManyRows : kLastMmaTokens))
     return choose_gemm_w4_sm90_config(shape, sm_count);
   return choose_gemm_w4_mma_config(shape, sm_count, arch);
@@ -77,6 +81,8 @@ void launch_gemm_w4(const GemmW4Params& params, const GemmW4Config& config, cuda
       return launch_gemm_w4_sm90(params, config, stream);
     case GemmW4Kernel::kMmaInt4Sm80:
       return launch_gemm_w4_sm80(params, config, stream);
+    case GemmW4Kernel::kGemvStream:
+      return launch_gemm_w4_stream(params, config, stream);
   }
   throw std::invalid_argument("gemm_w4: config: unknown kernel");
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Asynchronous and streaming loads, cluster and grid-dependency bricks. Each is one instruction.
+// Asynchronous, streaming and ordered loads, cluster and grid-dependency bricks, each of one or two
+// instructions.
 #pragma once
 
 #include <cstdint>
@@ -39,6 +40,22 @@ __device__ __forceinline__ void load_streaming_16_if(uint4& v, const void* gmem,
       : "l"(gmem), "r"(static_cast<int>(wanted)));
 }
 
+// A float that no running kernel writes. Volatile, so that the load is not sunk to its use.
+__device__ __forceinline__ float load_constant_float(const float* address) {
+  float value;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(address));
+  return value;
+}
+
+__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
 // Programmatic dependent launch: before the wait a kernel may touch only what no earlier kernel in
 // the stream writes. Both are no-ops in a kernel launched without the attribute.
 __device__ __forceinline__ void grid_dependency_wait() {
@@ -67,12 +84,18 @@ __device__ __forceinline__ void cluster_wait_acquire() {
 #endif
 }
 
-// Prepares a fresh mbarrier for one phase that ends when `bytes` have arrived. One thread.
-__device__ __forceinline__ void mbarrier_init_and_expect(uint32_t barrier, uint32_t bytes) {
+// Prepares a fresh mbarrier for one phase that ends when `bytes` have arrived; all threads call it.
+// The warp barrier between the two steps of thread 0 orders nothing that program order does not,
+// but compute-sanitizer's racecheck takes the predicated init for one of the whole warp.
+__device__ __forceinline__ void prepare_to_receive(uint32_t barrier, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
-  mbarrier_init(barrier, 1);
-  fence_mbarrier_init();
-  mbarrier_arrive_expect_tx(barrier, bytes);
+  if (threadIdx.x == 0) {
+    mbarrier_init(barrier, 1);
+    fence_mbarrier_init();
+  }
+  __syncwarp();
+  if (threadIdx.x == 0) mbarrier_arrive_expect_tx(barrier, bytes);
+  __syncwarp();
 #endif
 }
 
@@ -93,7 +116,7 @@ __device__ __forceinline__ void cluster_send_int2(uint32_t smem_address, int2 v,
 #endif
 }
 
-// Until all that mbarrier_init_and_expect announced has arrived.
+// Until all that prepare_to_receive announced has arrived.
 __device__ __forceinline__ void cluster_wait_received(uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
   mbarrier_wait(barrier, 0);

@@ -70,11 +70,12 @@ inline constexpr size_t kGemmW4CounterBytes = 16384;
 
 // The kernel families. All of them read the prepacked layout of layout_w4.h.
 enum class GemmW4Kernel : int {
-  kGemv,        // mma.m16n8k32 s8, weights as A operand, M = 1 .. 8   gemm_w4_mma.cuh
-  kMmaSkinny,   // the same, M = 9 .. 64                               gemm_w4_mma.cuh
-  kMmaTiled,    // the same, any M, any arch >= sm_80                  gemm_w4_mma.cuh
-  kWgmmaSm90,   // wgmma m64nNk32 s8, sm_90a                           gemm_w4_sm90.cuh
-  kMmaInt4Sm80  // mma.m16n8k64 s4 (sm_80, sm_86, sm_89; W4A4 only)    gemm_w4_mma.cuh
+  kGemv,         // mma.m16n8k32 s8, weights as A operand, M = 1 .. 8   gemm_w4_mma.cuh
+  kMmaSkinny,    // the same, M = 9 .. 64                               gemm_w4_mma.cuh
+  kMmaTiled,     // the same, any M, any arch >= sm_80                  gemm_w4_mma.cuh
+  kWgmmaSm90,    // wgmma m64nNk32 s8, sm_90a                           gemm_w4_sm90.cuh
+  kMmaInt4Sm80,  // mma.m16n8k64 s4 (sm_80, sm_86, sm_89; W4A4 only)   gemm_w4_mma.cuh
+  kGemvStream    // as kGemv, weights through a ring in shared memory  gemm_w4_stream.cuh
 };
 
 struct GemmW4Shape {
@@ -90,11 +91,13 @@ struct GemmW4Config {
   GemmW4Kernel kernel = GemmW4Kernel::kWgmmaSm90;
   int block_rows = 128;    // output channels of one CTA tile
   int block_tokens = 256;  // tokens of one CTA tile
-  int stages = 4;          // pipeline depth (0: the kernel has one fixed depth)
-  int cluster = 1;         // CTAs of a cluster; they share the activation tile
-  int grid = 0;            // CTAs launched; persistent kernels walk the tiles with these
-  int split_k = 1;         // CTAs (clusters) sharing a tile along K, for kernels with a fixed split
+  int stages = 4;   // pipeline depth (0: the kernel has one fixed depth); kGemvStream: slots of the
+                    // ring, of 128 k each, at least two
+  int cluster = 1;  // CTAs of a cluster; they share the activation tile
+  int grid = 0;     // CTAs launched; persistent kernels walk the tiles with these
+  int split_k = 1;  // CTAs (clusters) sharing a tile along K, for kernels with a fixed split
   int stream_k_tiles = 0;  // kWgmmaSm90: cluster tiles cut evenly over all clusters along K
+  int release_stages = 0;  // kGemvStream: stages left when the next launch may start; 0: at once
 };
 
 bool operator==(const GemmW4Config& a, const GemmW4Config& b);
@@ -123,6 +126,13 @@ void launch_gemm_w4_mma(const GemmW4Params& params, const GemmW4Config& config,
                         cudaStream_t stream);
 size_t gemm_w4_mma_workspace_bytes(const GemmW4Shape& shape, const GemmW4Config& config);
 GemmW4Config choose_gemm_w4_mma_config(const GemmW4Shape& shape, int sm_count, int arch);
+
+// kGemvStream, from sm_90 on, m <= kGemvStreamTokens. The chosen `stages` is 0 where another kernel
+// is the better choice, or the activations leave no room for a ring.
+inline constexpr int kGemvStreamTokens = 8;
+void launch_gemm_w4_stream(const GemmW4Params& params, const GemmW4Config& config,
+                           cudaStream_t stream);
+GemmW4Config choose_gemm_w4_stream_config(const GemmW4Shape& shape, int sm_count);
 
 // kMmaInt4Sm80.
 void launch_gemm_w4_sm80(const GemmW4Params& params, const GemmW4Config& config,

@@ -57,10 +57,11 @@ __host__ __device__ constexpr int received_room(int tokens, int rows, int splits
 template <class G>
 __device__ __forceinline__ void finish_tile(const GemmW4MmaLaunch& p, const int32_t* slabs,
                                             int32_t* received, uint32_t barrier, int tokens,
-                                            int token_begin, int channel, float2 scale) {
+                                            int token_begin, int channel, const ScalePair& scales) {
   constexpr int kPairs = G::kRows / 2;
   const int slab_size = tokens * G::kPartialStride;
   __syncthreads();
+  const float2 scale = scales.product();
   if (p.log2_splits == 0) {
     for (int token = threadIdx.x / kPairs; token < tokens; token += G::kThreads / kPairs) {
       const int at = token * G::kPartialStride + 2 * (threadIdx.x % kPairs);
@@ -169,15 +170,13 @@ __global__ void __launch_bounds__(G::kThreads)
   fetch_chunk(0);
   if (!p.late_trigger) grid_dependency_launch();
   if (splits > 1) {
-    if (threadIdx.x == 0)
-      mbarrier_init_and_expect(barrier, mma_detail::received_bytes(tokens, G::kRows, splits));
-    __syncwarp();
+    prepare_to_receive(barrier, mma_detail::received_bytes(tokens, G::kRows, splits));
     cluster_arrive_relaxed();
   }
   const int my_pairs = (G::kRows / 2) >> p.log2_splits;  // channel pairs this CTA finishes
   const int channel =
       tile * G::kRows + 2 * (blockIdx.y * my_pairs + (threadIdx.x & (my_pairs - 1)));
-  const float2 scale = load_scale_pair(p.epilogue, channel);
+  const ScalePair scales = load_scale_pair(p.epilogue, channel);
   uint32_t x_row_offset[G::kTokenTiles];
   activation_row_offsets<G>(x_row_offset, tokens, x_row_bytes);
 
@@ -213,7 +212,7 @@ __global__ void __launch_bounds__(G::kThreads)
   __syncthreads();  // the partial sums take the place of the activations
   int32_t* const slabs = reinterpret_cast<int32_t*>(buffers);
   store_partial_sums<G>(slabs + k_warp * tokens * G::kPartialStride, sums, tokens, row_warp);
-  mma_detail::finish_tile<G>(p, slabs, received, barrier, tokens, token_begin, channel, scale);
+  mma_detail::finish_tile<G>(p, slabs, received, barrier, tokens, token_begin, channel, scales);
 }
 
 }  // namespace prefixquant

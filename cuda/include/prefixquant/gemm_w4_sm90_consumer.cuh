@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "prefixquant/cp_async.cuh"
 #include "prefixquant/epilogue.cuh"
 #include "prefixquant/gemm_w4_sm90_schedule.cuh"
 #include "prefixquant/int4.cuh"
@@ -13,21 +14,6 @@
 #include "prefixquant/wgmma.cuh"
 
 namespace prefixquant {
-
-__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
-
-__device__ __forceinline__ float load_global_float(const float* address) {
-  float value;
-  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(address));
-  return value;
-}
 
 // A fragments of one group of 64 rows for the four k32 steps of a stage, unpacked from smem.
 template <int kWeightBits>
@@ -267,7 +253,7 @@ struct GemmW4Sm90Consumer {
   __device__ __forceinline__ void load_row_constants(const GemmW4Segment& segment) {
     const EpilogueArgs& e = args.epilogue;
     constexpr float kUnpackFactor = Traits::kWeightBits == 4 ? 1.0f / kUnpackedW4Factor : 1.0f;
-    const float input_scale = load_global_float(e.input_scale);
+    const float input_scale = load_constant_float(e.input_scale);
 #pragma unroll
     for (int mb = 0; mb < kM64; ++mb)
 #pragma unroll
@@ -275,7 +261,7 @@ struct GemmW4Sm90Consumer {
         const int row = first_channel(segment, mb) + thread / 32 * 16 + thread % 32 / 4 + 8 * h;
         const int channel = min(row, e.n - 1);
         scale[mb][h] =
-            __fmul_rn(input_scale, load_global_float(e.weight_scale + channel)) * kUnpackFactor;
+            __fmul_rn(input_scale, load_constant_float(e.weight_scale + channel)) * kUnpackFactor;
         bias[mb][h] = e.bias != nullptr ? load_as_float(e.bias, e.bias_dtype, channel) : 0.0f;
       }
   }

@@ -199,13 +199,22 @@ __device__ __forceinline__ int2 sum_partial_pair(const int32_t* pair, int slab_s
   return sum;
 }
 
-// The factors of two neighbouring channels, loaded while the weights are on their way.
-__device__ __forceinline__ float2 load_scale_pair(const EpilogueArgs& p, int channel) {
-  float2 scale = {0.f, 0.f};
+// The factors of two neighbouring channels. They are loaded while the weights are on their way and
+// multiplied where they are used: a product up there would hold the main loop until the slowest of
+// them has come, behind the weights in memory.
+struct ScalePair {
+  float input, first, second;
+  __device__ __forceinline__ float2 product() const {
+    return {__fmul_rn(input, first), __fmul_rn(input, second)};
+  }
+};
+
+__device__ __forceinline__ ScalePair load_scale_pair(const EpilogueArgs& p, int channel) {
+  ScalePair scale = {0.f, 0.f, 0.f};
   if (p.out_dtype != GemmDtype::kInt32 && channel < p.n) {
-    const float input_scale = __ldg(p.input_scale);
-    scale.x = __fmul_rn(input_scale, __ldg(p.weight_scale + channel));
-    if (channel + 1 < p.n) scale.y = __fmul_rn(input_scale, __ldg(p.weight_scale + channel + 1));
+    scale.input = load_constant_float(p.input_scale);
+    scale.first = load_constant_float(p.weight_scale + channel);
+    if (channel + 1 < p.n) scale.second = load_constant_float(p.weight_scale + channel + 1);
   }
   return scale;
 }
