@@ -124,7 +124,37 @@ def gemm(folder: Path) -> Iterator[Target]:
             yield Target(f"{tag}: slowest cell over FP16", 1.0, min(worst, default=None))
 
 
-SECTIONS: dict[str, Callable[[Path], Iterator[Target]]] = {"gemm": gemm}
+# ---- accuracy: issue "the most accurate static W4A4" ----
+
+
+def solvers(folder: Path) -> Iterator[Target]:
+    """Order of the weight solvers at 3 bits a channel, and what outliers give back."""
+    results = load(folder, "*-solvers-w3")
+    if not results:
+        yield Target("*-solvers-w3.json", 1.0, None)
+    for _, result in results:
+        rows = {row["setting"]: row for row in result["rows"]}
+        ppl = {name: row["ppl"] for name, row in rows.items()}
+        tag = f"{result['model']}, W3 weight-only"
+        for better, worse in (("gptq", "rtn"), ("quantease", "gptq")):
+            ratio = ppl[worse] / ppl[better] if {better, worse} <= set(ppl) else None
+            yield Target(f"{tag}: perplexity of {worse} over {better}", 1.0, ratio)
+        compared = rows.get("quantease", {}).get("error_over_gptq")
+        margin = 1 / compared["worst"] if compared else None
+        yield Target(f"{tag}: layer error of gptq over quantease, worst layer", 1.0, margin)
+        regained = rows.get("quantease-outlier:0.01", {}).get("recovered")
+        regained = None if regained is None else 100 * regained
+        yield Target(f"{tag}: of quantease's loss, regained by 1 % outliers", 50.0, regained, "%")
+
+
+def accuracy(folder: Path) -> Iterator[Target]:
+    yield from solvers(folder)
+
+
+SECTIONS: dict[str, Callable[[Path], Iterator[Target]]] = {
+    "gemm": gemm,
+    "accuracy": accuracy,
+}
 
 
 def main() -> int:

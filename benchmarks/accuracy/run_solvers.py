@@ -22,8 +22,10 @@ from prefixquant.config import RecipeConfig, Scheme
 from prefixquant.doctor import environment
 from prefixquant.report import replace_files, report_json
 from prefixquant.roles import LINEARS
-from prefixquant.solvers import WeightSolver
+from prefixquant.solvers import QuantizedWeight, WeightSolver, layer_error
+from prefixquant.solvers.weight import DAMPING, damped
 from prefixquant.text import sample_windows
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from accuracy.workbench import Setting, Simulated, Workbench, add_arguments
@@ -54,9 +56,34 @@ def file_name(arguments: argparse.Namespace) -> str:
     return "-".join(parts) + ".json"
 
 
+class Compared:
+    """A solver whose layers are also solved by GPTQ, on the same inputs: what it is worth there.
+
+    ``ratios``: its error over GPTQ's, by the damped Hessian that both minimise on.
+    """
+
+    def __init__(self, solver: WeightSolver):
+        self.solver = solver
+        self.ratios: list[float] = []
+        self.seconds = 0.0  # of GPTQ and the comparison
+
+    def __call__(self, weights: list[Tensor], bits: int, hessian: Tensor) -> list[QuantizedWeight]:
+        solved = self.solver(weights, bits, hessian)
+        if hessian.is_cuda:
+            torch.cuda.synchronize()
+        start = time.monotonic()
+        peer = WeightSolver("gptq", self.solver.group_size)(weights, bits, hessian)
+        metric = damped(hessian, DAMPING)
+        for weight, ours, theirs in zip(weights, solved, peer, strict=True):
+            ratio = layer_error(weight, ours, metric) / layer_error(weight, theirs, metric)
+            self.ratios.append(ratio.item())  # waits for the GPU
+        self.seconds += time.monotonic() - start
+        return solved
+
+
 @torch.no_grad()
 def quantize(
-    bench: Workbench, setting: Setting, solver: WeightSolver
+    bench: Workbench, setting: Setting, solver: WeightSolver | Compared
 ) -> tuple[Simulated, list[dict[str, float]]]:
     """The fake-quantized model, and per block the relative error of each linear."""
     decoder = bench.decoder(setting)
@@ -87,11 +114,12 @@ def measure(bench: Workbench, setting: Setting, solver: WeightSolver) -> dict:
     cuda = bench.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
+    compared = Compared(solver) if solver.name.startswith("quantease") else None
     start = time.monotonic()
-    model, errors = quantize(bench, setting, solver)
+    model, errors = quantize(bench, setting, compared or solver)
     if cuda:
         torch.cuda.synchronize()
-    seconds = time.monotonic() - start
+    seconds = time.monotonic() - start - (compared.seconds if compared else 0)
     peak = torch.cuda.max_memory_allocated() if cuda else None
     flat = [error for block in errors for error in block.values()]
     return {
@@ -99,6 +127,11 @@ def measure(bench: Workbench, setting: Setting, solver: WeightSolver) -> dict:
         "outlier_fraction": solver.outlier_fraction,
         **bench.measure(model),
         "mean_layer_error": sum(flat) / len(flat),
+        "error_over_gptq": compared
+        and {
+            "mean": sum(compared.ratios) / len(compared.ratios),
+            "worst": max(compared.ratios),
+        },
         "seconds": seconds,
         "peak_gpu_bytes": peak,
         "layer_errors": {role: [block[role] for block in errors] for role in LINEARS},
