@@ -15,6 +15,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from prefixquant.calibrate import Streams, calibrate_block
@@ -44,6 +45,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--compensation", type=float, default=0.0)
     parser.add_argument("--samples", type=int, default=RecipeConfig().search_samples)
     parser.add_argument("--no-rotations", action="store_true")
+    parser.add_argument(
+        "--prefix", nargs="+", type=int, help="token ids; default: the verified prefix, searched"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
 
@@ -141,6 +145,8 @@ def measure(bench: Workbench, setting: Setting, solver: WeightSolver) -> dict:
 def main() -> None:
     arguments = parse_arguments()
     bench = Workbench(arguments)
+    if arguments.prefix:
+        bench.search = SimpleNamespace(prefix=tuple(arguments.prefix))
     floor = bench.measure(bench.float_model(bench.search.prefix))["ppl"]
     sys.stdout.write(f"float, verified prefix: {floor:.3f}\n")
     arguments.results.mkdir(parents=True, exist_ok=True)
