@@ -133,7 +133,7 @@ def test_blocked_sweep_is_the_sweep_of_single_columns(group_size, relaxed):
 
 
 @pytest.mark.parametrize("group_size", [0, 32])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 def test_quantized_sweeps_and_scale_fits_never_raise_the_objective(bits, group_size):
     weight, hessian = layer()
     start = solve_rtn(weight, bits, hessian, group_size=group_size)
