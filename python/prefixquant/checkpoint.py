@@ -10,6 +10,7 @@ values of the scales before a model is built. Nothing here unpickles.
 import contextlib
 import json
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -300,6 +301,14 @@ def _take_name(partial: Path, path: Path) -> None:
     _flush_parent(path)
     if replaced is not None:
         shutil.rmtree(replaced)
+
+
+def remove_stale_partials(path: Path) -> None:
+    """Removes what killed writers of this checkpoint have left beside it."""
+    made_here = re.compile(rf"\.{re.escape(path.name)}\.[^.]{{8}}\.(partial|old)")
+    for entry in path.parent.iterdir():
+        if made_here.fullmatch(entry.name) and entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _flush_parent(path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixquant import checkpoint_layout
-from prefixquant.config import QuantizationConfig, RecipeConfig, Rotations
+from prefixquant.config import QuantizationConfig, RecipeConfig
 
 REPORT_VERSION = 1
 
@@ -34,6 +34,7 @@ def quantize_report(
     calibration: str,
     command: Sequence[str],
     seconds: float,
+    fingerprint: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The report of `quantize`: ``details`` is what the pipeline says, the rest is its setting."""
     return {
@@ -45,8 +46,18 @@ def quantize_report(
         "quantization": quantization.to_dict(),
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
+        **({"fingerprint": dict(fingerprint)} if fingerprint else {}),
         **details,
     }
+
+
+def recipe_yaml(report: Mapping[str, Any]) -> str:
+    """recipe.yaml: every choice of a `quantize` run, spelled out; ``--recipe`` reads it."""
+    import yaml
+
+    choices = {"model": report["model"], "calib": report["calibration_text"], **report["recipe"]}
+    made_by = f"# What made this checkpoint, by {report['quantization']['producer']}.\n"
+    return made_by + yaml.safe_dump(plain(choices), sort_keys=False, allow_unicode=True)
 
 
 def eval_report(
@@ -57,50 +68,6 @@ def eval_report(
         "model": target,
         "evaluation": dict(evaluation),
         "peak_memory_bytes": peak_memory_bytes(),
-    }
-
-
-def plan_report(config: Any, model: str, recipe: RecipeConfig) -> dict[str, Any]:
-    """What `quantize` would make, from the model's transformers config alone.
-
-    Raises:
-        UnsupportedModelError: as `quantize` would.
-    """
-    from prefixquant.roles import model_geometry, model_roles
-    from prefixquant.rotate import plan_rotations
-
-    model_roles(config)
-    geometry = model_geometry(config)
-    plan_rotations(
-        geometry, rotate=recipe.rotate, r4_block_size=recipe.r4_block_size, seed=recipe.seed
-    )
-    sizes = checkpoint_layout.ModelSizes.from_config(config.to_dict(), model)
-    # The prefix is found during the run; one token is the usual length and its size hardly counts.
-    length = 0 if recipe.prefix == "none" else 1
-    quantization = QuantizationConfig(
-        weight_bits=recipe.scheme.weight_bits,
-        activation_bits=recipe.scheme.activation_bits,
-        kv_bits=recipe.scheme.kv_bits,
-        rotations=Rotations(r4_block_size=recipe.r4_block_size or geometry.intermediate),
-        prefix_token_ids=(0,) * length,
-        prefix_text=("",) * length,
-        prefix_mode=recipe.prefix,
-        solver=recipe.solver,
-        producer="dry run",
-        group_size=recipe.group_size,
-        outlier_fraction=recipe.stored_outlier_fraction,
-    )
-    return {
-        **_head("dry-run", sys.argv),
-        "model": model,
-        "scheme": str(recipe.scheme),
-        "architecture": dataclasses.asdict(sizes),
-        "bytes": checkpoint_layout.storage(sizes, quantization),
-        "calibration_tokens_needed": {
-            "maxima": recipe.nsamples * recipe.seqlen,
-            "search": recipe.search_samples * recipe.search_seqlen,
-        },
-        "note": "the prefix is counted as one token a layer",
     }
 
 
@@ -228,9 +195,17 @@ def describe_prefix(quantization: Mapping[str, Any]) -> str:
 
 
 def describe_plan(plan: Mapping[str, Any]) -> str:
+    from prefixquant.progress import format_seconds
+
     needed = plan["calibration_tokens_needed"]
     rows = [["scheme", plan["scheme"]], *_describe_bytes(plan["bytes"])]
     rows.append(["calibration tokens", str(max(needed.values()))])
+    estimate = plan["estimate"]
+    rows.append([f"time on {estimate['device']}, about", format_seconds(estimate["seconds"])])
+    rows += [
+        [f"peak {where} memory, about", format_bytes(count)]
+        for where, count in estimate["peak_memory_bytes"].items()
+    ]
     return table(rows) + "\ndry run: nothing was written"
 
 
