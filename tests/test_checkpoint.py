@@ -553,7 +553,7 @@ def test_index_and_shards_must_agree(sharded):
     wrong = {**original["weight_map"], "lm_head.weight": shards[0]}
     for weight_map, message in (
         (wrong, "is in this shard but|is missing from its shard"),
-        ({**original["weight_map"], "ghost": shards[0]}, "ghost is missing from its shard"),
+        ({**original["weight_map"], "ghost": shards[0]}, "ghost. is missing from its shard"),
         ([], "weight_map expected an object"),
     ):
         path.write_text(json.dumps({"weight_map": weight_map}))

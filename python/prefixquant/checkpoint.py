@@ -31,6 +31,7 @@ from prefixquant.checkpoint_layout import (
     check_model_config,
     check_tensors,
     expected_tensors,
+    short,
 )
 from prefixquant.config import QUANT_METHOD, QuantizationConfig
 from prefixquant.errors import CheckpointError, UserError
@@ -111,10 +112,11 @@ class Checkpoint:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.for_model(**self.config)
+            return AutoConfig.for_model(**{**self.config, "auto_map": {}})
         except Exception as error:  # transformers validates by many exception types
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{self.path / CONFIG_NAME}: {reason}") from error
+            raise CheckpointError(
+                f"{self.path / CONFIG_NAME}: transformers refuses it ({short(error, 300)})"
+            ) from error
 
     def check_values(self) -> None:
         """Reads every floating-point tensor once: all values finite, all scales above zero; and
@@ -346,7 +348,7 @@ def read_checkpoint(path: str | os.PathLike, check_values: bool = True) -> Check
     try:
         quantization = QuantizationConfig.from_dict(raw)
     except (UserError, TypeError) as error:
-        raise CheckpointError(f"{config_path}: {error}") from error
+        raise CheckpointError(f"{config_path}: {short(error, 300)}") from error
     _check_types(quantization, str(config_path))
     sizes = check_model_config(config, quantization, str(config_path))
 
@@ -388,8 +390,8 @@ def _read_headers(
         for name, shard in weight_map.items():
             if not isinstance(shard, str) or not _is_plain_file_name(shard):
                 raise CheckpointError(
-                    f"{index_path}: tensor {name} expected a file name in the checkpoint folder, "
-                    f"got {shard!r}"
+                    f"{index_path}: tensor {short(name)} expected a file name in the checkpoint "
+                    f"folder, got {short(shard)}"
                 )
         shards = sorted(set(weight_map.values()))
 
@@ -399,14 +401,16 @@ def _read_headers(
         for name, entry in _read_header(folder / shard).items():
             if weight_map is not None and weight_map.get(name) != shard:
                 raise CheckpointError(
-                    f"{folder / shard}: tensor {name} is in this shard but "
-                    f"{INDEX_NAME} says {weight_map.get(name)!r}"
+                    f"{folder / shard}: tensor {short(name)} is in this shard but "
+                    f"{INDEX_NAME} says {short(weight_map.get(name))}"
                 )
             shard_of[name] = shard
             found[name] = entry
     for name, shard in (weight_map or {}).items():
         if name not in found:
-            raise CheckpointError(f"{folder / shard}: tensor {name} is missing from its shard")
+            raise CheckpointError(
+                f"{folder / shard}: tensor {short(name)} is missing from its shard"
+            )
     return shard_of, found
 
 
@@ -461,7 +465,9 @@ def _open_shard(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a valid safetensors file ({error})") from error
+        raise CheckpointError(
+            f"{path}: not a valid safetensors file ({short(error, 300)})"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -476,7 +482,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+        raise CheckpointError(f"{path}: not valid JSON ({short(error, 200)})") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}")
     return data
@@ -486,6 +492,7 @@ def _is_plain_file_name(name: str) -> bool:
     """True for a name that stays inside the folder, on any system."""
     return (
         bool(name)
+        and len(name) <= 255
         and name not in (".", "..")
         and not any(character in name for character in "/\\:\0")
     )

@@ -144,7 +144,7 @@ def _size(config: dict[str, Any], key: str, where: str, default: int | None = No
         value = default
     if type(value) is not int or not 1 <= value <= _LARGEST[key]:
         raise CheckpointError(
-            f"{where}: {key} expected an integer from 1 to {_LARGEST[key]}, got {_short(value)}"
+            f"{where}: {key} expected an integer from 1 to {_LARGEST[key]}, got {short(value)}"
         )
     return value
 
@@ -152,14 +152,15 @@ def _size(config: dict[str, Any], key: str, where: str, default: int | None = No
 def _flag(config: dict[str, Any], key: str, where: str) -> bool:
     value = config.get(key, False)
     if type(value) is not bool:
-        raise CheckpointError(f"{where}: {key} expected true or false, got {_short(value)}")
+        raise CheckpointError(f"{where}: {key} expected true or false, got {short(value)}")
     return value
 
 
-def _short(value: Any) -> str:
+def short(value: Any, length: int = 60) -> str:
     """A hostile value must not fill the screen."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    text = value if isinstance(value, Exception) else repr(value)
+    text = " ".join(str(text).split())
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def check_model_config(
@@ -171,12 +172,12 @@ def check_model_config(
     if config.get("tie_word_embeddings", False) is not False:
         raise CheckpointError(
             f"{where}: tie_word_embeddings expected false (rotation unties the embeddings), "
-            f"got {_short(config['tie_word_embeddings'])}"
+            f"got {short(config['tie_word_embeddings'])}"
         )
     eps = config.get("rms_norm_eps")
     if type(eps) is not float or not (math.isfinite(eps) and 0 < eps < 1):
         raise CheckpointError(
-            f"{where}: rms_norm_eps expected a number between 0 and 1, got {_short(eps)}"
+            f"{where}: rms_norm_eps expected a number between 0 and 1, got {short(eps)}"
         )
     block = quantization.rotations.r4_block_size
     if quantization.rotations.r4 and (block < 1 or sizes.intermediate_size % block):
@@ -280,7 +281,7 @@ def check_tensors(
     unexpected = [name for name in found if name not in expected]
     if unexpected:
         raise CheckpointError(
-            f"{where}: tensor {_short(unexpected[0])} does not belong in this checkpoint "
+            f"{where}: tensor {short(unexpected[0])} does not belong in this checkpoint "
             f"({len(unexpected)} unexpected in all)"
         )
     for name, spec in expected.items():

@@ -3,7 +3,15 @@
 
 
 class UserError(ValueError):
-    """Wrong input: a missing file, an unsupported model, a bad flag, a damaged checkpoint."""
+    """Wrong input: a missing file, an unsupported model, a bad flag, a damaged checkpoint.
+
+    The message is cut at 600 characters: it quotes what was found, and a hostile file may hold
+    anything.
+    """
+
+    def __init__(self, message: object = ""):
+        text = str(message)
+        super().__init__(text if len(text) <= 600 else f"{text[:597]}...")
 
 
 class CheckpointError(UserError):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `quantize` would take: sizes from the config alone, time and memory from one random block.
 
-A block of the model's sizes, filled with random numbers, is calibrated on two small inputs. Its time
-is a + b * (calibration tokens), and the two measurements give a and b. Loading, writing and what
-attention takes for longer windows are left out: the result says "about", and is meant to tell
+A block of the model's sizes, filled with random numbers, is calibrated on two small inputs. Its
+time is a + b * (calibration tokens), and the two measurements give a and b. Loading, writing and
+what attention takes for longer windows are left out: the result says "about", and is meant to tell
 minutes from days.
 """
 

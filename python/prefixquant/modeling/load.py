@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from prefixquant.checkpoint import Checkpoint, read_checkpoint
-from prefixquant.checkpoint_layout import scale_tensor
+from prefixquant.checkpoint import CONFIG_NAME, Checkpoint, read_checkpoint
+from prefixquant.checkpoint_layout import scale_tensor, short
 from prefixquant.config import Scheme
-from prefixquant.errors import UserError
+from prefixquant.errors import CheckpointError, UserError
 from prefixquant.modeling import attention
 from prefixquant.modeling.cache import KVQuantizer, QuantizedLayer
 from prefixquant.modeling.linear import (
@@ -107,10 +107,16 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     attention.register()
     config = checkpoint.hf_config()
     config.tie_word_embeddings = False
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention.NAME
-        )
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention.NAME
+            )
+    except Exception as error:  # values of config.json that transformers uses and does not check
+        raise CheckpointError(
+            f"{checkpoint.path / CONFIG_NAME}: transformers cannot build the model of it "
+            f"({type(error).__name__}: {short(error, 300)})"
+        ) from error
 
 
 class _Builder:
