@@ -130,15 +130,61 @@ def test_scan(model_folder):
     assert "verified prefix: '<s>'" in run("scan", model_folder, *SCAN).stdout
 
 
+def plan_peak_bytes():
+    from prefixquant.report import peak_memory_bytes
+
+    return peak_memory_bytes()["host"]
+
+
+def test_recipe_file(checkpoint, model_folder, tmp_path):
+    """What a run wrote makes the same checkpoint again; options given beside it win."""
+    recipe = checkpoint / "recipe.yaml"
+    out = tmp_path / "again"
+    assert run("quantize", model_folder, "-o", out, "--recipe", recipe).exit_code == 0
+    assert (out / WEIGHTS_NAME).read_bytes() == (checkpoint / WEIGHTS_NAME).read_bytes()
+    assert (out / "recipe.yaml").read_text() == recipe.read_text()
+    assert "finetune:" in recipe.read_text()
+    changed = ["--scheme", "w4a8kv8", "--dry-run", "--json"]
+    plan = json.loads(
+        run("quantize", model_folder, "-o", tmp_path / "b", "--recipe", recipe, *changed).stdout
+    )
+    assert plan["scheme"] == "w4a8kv8"
+    assert plan["calibration_tokens_needed"] == {"maxima": 4 * 32, "search": 2 * 32}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["cannot be read", "No such file"]),
+        ("[1, 2", ["cannot be read"]),
+        ("- a", ["expected a mapping"]),
+        ("scheme: w4a4kv4\nmagic: 1", ["unknown key 'magic'"]),
+        ("nsamples: many", ["nsamples expected int", "'many'"]),
+        ("finetune: 3", ["finetune expected a mapping"]),
+        ("finetune: {epochs: 1.5}", ["epochs expected int", "1.5"]),
+        ("!!python/object/apply:os.system ['true']", ["cannot be read"]),
+    ],
+)
+def test_bad_recipe_file(model_folder, tmp_path, content, words):
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_text(content)
+    result = run("quantize", model_folder, "-o", tmp_path / "out", "--recipe", path)
+    assert_one_line_error(result, "--recipe", *words)
+
+
 def test_dry_run_writes_nothing(model_folder, tmp_path):
     result = run("quantize", model_folder, "-o", tmp_path / "out", "--dry-run", "--json")
     assert result.exit_code == 0, result.stderr
     plan = json.loads(result.stdout)
     assert plan["bytes"]["linear_weights"] == 2 * (32 * 32 * 2 + 32 * 16 * 2 + 32 * 64 * 3) // 2
-    assert (
-        "nothing was written"
-        in run("quantize", model_folder, "-o", tmp_path / "out", "--dry-run").stdout
-    )
+    estimate = plan["estimate"]
+    assert 0 < estimate["seconds"] < 600
+    # Two layers of some thousand weights: what is held is what this process holds already.
+    assert 0 <= estimate["peak_memory_bytes"]["host"] - plan_peak_bytes() < 200e6
+    text = run("quantize", model_folder, "-o", tmp_path / "out", "--dry-run").stdout
+    assert "time on cpu, about" in text
+    assert "nothing was written" in text
     assert not list(tmp_path.iterdir())
 
 

@@ -147,7 +147,7 @@ def test_nothing_of_a_state_is_a_checkpoint(model, text, tmp_path):
     state = BlockState(tmp_path / "s", run_fingerprint(model, PLAIN, text), resume=False)
     run(model, text, PLAIN, state)
     names = sorted(p.name for p in (tmp_path / "s").iterdir())
-    assert names == [f"block-0000{i}.safetensors" for i in range(3)] + ["run.json"]
+    assert names == [f"block-0000{i}.safetensors" for i in range(3)] + ["run.json", "search.json"]
     assert not is_prefixquant_checkpoint(tmp_path / "s")
     assert json.loads((tmp_path / "s" / "run.json").read_text())["recipe"]
 

@@ -21,8 +21,6 @@ from prefixquant.config import (
     PREFIX_MODES,
     SOLVERS,
     FinetuneConfig,
-    RecipeConfig,
-    Scheme,
 )
 from prefixquant.errors import UserError
 
@@ -88,6 +86,7 @@ def _root(
 
 @app.command()
 def quantize(  # noqa: PLR0913 - the arguments are the options
+    context: typer.Context,
     model: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="The checkpoint folder to make.")],
     scheme: Annotated[
@@ -125,15 +124,19 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
         int, typer.Option(help="Windows of 1024 tokens for fine-tuning.")
     ] = FinetuneConfig.samples,
     seed: Seed = 0,
+    recipe_file: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="Choices from a recipe.yaml; options given here win."),
+    ] = None,
     device: Device = "cpu",
     eval_text: Annotated[
         str | None, typer.Option(help="Measure the perplexity of the result on this text.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the sizes, write nothing.")
+        bool, typer.Option("--dry-run", help="Print sizes, time and memory; write nothing.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing prefixquant checkpoint.")
+        bool, typer.Option("--overwrite", help="Replace a checkpoint; discard an interrupted run.")
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was interrupted.")
@@ -141,33 +144,39 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
     as_json: AsJson = False,
 ) -> None:
     """Quantize a model: find the prefix, calibrate, solve the weights, write a checkpoint."""
+    from prefixquant import recipes
     from prefixquant import text as texts
-    from prefixquant.checkpoint import check_output_folder
+    from prefixquant.checkpoint import check_output_folder, is_prefixquant_checkpoint
 
-    recipe = RecipeConfig(
-        scheme=Scheme.parse(scheme),
-        solver=solver,
-        group_size=group_size,
-        outlier_fraction=outlier_fraction,
-        compensation=compensation,
-        prefix=prefix,
-        eta=eta,
-        nsamples=nsamples,
-        seqlen=seqlen,
-        search_samples=search_samples,
-        search_seqlen=search_seqlen,
-        r4_block_size=r4_block_size,
-        seed=seed,
-        finetune=FinetuneConfig(epochs=epochs, e2e_epochs=e2e_epochs, samples=train_samples),
+    choices = {
+        "scheme": scheme,
+        "solver": solver,
+        "group_size": group_size,
+        "outlier_fraction": outlier_fraction,
+        "compensation": compensation,
+        "prefix": prefix,
+        "eta": eta,
+        "nsamples": nsamples,
+        "seqlen": seqlen,
+        "search_samples": search_samples,
+        "search_seqlen": search_seqlen,
+        "r4_block_size": r4_block_size,
+        "seed": seed,
+    }
+    finetune = {"epochs": epochs, "e2e_epochs": e2e_epochs, "samples": train_samples}
+    recipe, calib = recipes.from_options(context, recipe_file, choices, finetune, calib)
+    # With --resume a checkpoint may stand there already: that of the very run, killed at its end.
+    output = check_output_folder(
+        output, overwrite or (resume and is_prefixquant_checkpoint(output))
     )
-    output = check_output_folder(output, overwrite)
     calibration_text = texts.load_text(calib)
     evaluation_text = None if eval_text is None else texts.load_text(eval_text)
     where = _device(device)
     if dry_run:
-        from prefixquant.report import describe_plan, plan_report
+        from prefixquant.plan import plan_report
+        from prefixquant.report import describe_plan
 
-        _result(plan_report(_float_config(model), model, recipe), as_json, describe_plan)
+        _result(plan_report(_float_config(model), model, recipe, where), as_json, describe_plan)
         return
 
     from prefixquant import workflow
@@ -179,19 +188,24 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
         float_model, tokenizer = load_float_model(model)
         float_model.to(where)
     tokens = workflow.calibration_tokens(calibration_text, tokenizer)
-    report = workflow.quantize_and_save(
-        float_model,
-        tokenizer,
-        recipe,
-        tokens,
-        output,
-        origin=workflow.Origin(model, calib),
-        overwrite=overwrite,
-        state=workflow.block_state(
-            float_model, recipe, tokens, output, resume=resume, overwrite=overwrite
-        ),
-        progress=progress,
-    )
+    report = None
+    if resume:
+        report = workflow.finished_report(float_model, recipe, tokens, output)
+    if report is None:
+        output = check_output_folder(output, overwrite)
+        report = workflow.quantize_and_save(
+            float_model,
+            tokenizer,
+            recipe,
+            tokens,
+            output,
+            origin=workflow.Origin(model, calib),
+            overwrite=overwrite,
+            state=workflow.block_state(
+                float_model, recipe, tokens, output, resume=resume, overwrite=overwrite
+            ),
+            progress=progress,
+        )
     # Measured after it is saved: a failing evaluation must not cost the quantization.
     if evaluation_text is not None:
         del float_model

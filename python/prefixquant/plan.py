@@ -56,6 +56,10 @@ def plan_report(
         prefix_mode=recipe.prefix,
         solver=recipe.solver,
         producer="dry run",
+        group_size=recipe.group_size,
+        outlier_fraction=recipe.outlier_fraction if recipe.solver == "quantease-outlier" else 0.0,
+        activation_mode=recipe.scheme.activation_mode,
+        kv_mode=recipe.scheme.kv_mode,
     )
     storage = checkpoint_layout.storage(sizes, quantization)
     shape = BlockShape(geometry, rotations.r3_size, rotations.r4_size)
@@ -70,7 +74,8 @@ def plan_report(
             "search": recipe.search_samples * recipe.search_seqlen,
         },
         "estimate": estimate(shape, recipe, storage, torch.device(device)),
-        "note": "the prefix is counted as one token a layer",
+        "note": "the prefix is counted as one token a layer"
+        + ("; the time of fine-tuning is not estimated" if recipe.finetune.active else ""),
     }
 
 
@@ -95,7 +100,7 @@ def estimate(
             (rope[0], rope[1]),
             PrefixKV(none, none),
             Streams(x, x.clone()),
-            WeightSolver(recipe.solver),
+            WeightSolver(recipe.solver, recipe.group_size, recipe.outlier_fraction),
             recipe.compensation,
         )
 

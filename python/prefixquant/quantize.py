@@ -67,8 +67,12 @@ def quantize(
     seconds: dict[str, float] = {}
 
     start = time.monotonic()
+    if search is None and state is not None:
+        search = state.load_search()
     if search is None:
         search = find_prefix(model, tokenizer, recipe, calibration, progress)
+        if state is not None:
+            state.save_search(search)
     seconds["prefix_search"] = time.monotonic() - start
 
     start = time.monotonic()

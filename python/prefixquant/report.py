@@ -51,15 +51,6 @@ def quantize_report(
     }
 
 
-def recipe_yaml(report: Mapping[str, Any]) -> str:
-    """recipe.yaml: every choice of a `quantize` run, spelled out; ``--recipe`` reads it."""
-    import yaml
-
-    choices = {"model": report["model"], "calib": report["calibration_text"], **report["recipe"]}
-    made_by = f"# What made this checkpoint, by {report['quantization']['producer']}.\n"
-    return made_by + yaml.safe_dump(plain(choices), sort_keys=False, allow_unicode=True)
-
-
 def eval_report(
     evaluation: Mapping[str, Any], target: str, *, command: Sequence[str]
 ) -> dict[str, Any]:

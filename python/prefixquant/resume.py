@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The finished blocks of a quantization, kept beside its output until the checkpoint stands.
 
-A folder holds one JSON file that says what is being made of what, and one safetensors file for
-every finished block. Each file takes its name when it is complete, so a run that is killed at any
-moment leaves whole blocks. Nothing in the folder can be taken for a checkpoint.
+A folder holds one JSON file that says what is being made of what, one with the prefix search, and
+one safetensors file for every finished block. Each file takes its name when it is complete, so a
+run that is killed at any moment leaves whole blocks. Nothing in the folder can be taken for a
+checkpoint. The lock on the folder dies with the process that holds it.
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,10 +28,11 @@ from prefixquant.block import BlockScales
 from prefixquant.calibrate import CalibratedBlock
 from prefixquant.config import RecipeConfig
 from prefixquant.errors import UserError
+from prefixquant.prefix import PrefixSearch, ScanResult, Tally
 from prefixquant.roles import BlockWeights
 from prefixquant.solvers import QuantizedWeight
 
-_RUN = "run.json"
+_RUN, _SEARCH = "run.json", "search.json"
 _SCALE_FORM = ("activation_bits", "kv_bits", "activation_mode", "kv_mode")
 
 
@@ -92,36 +96,94 @@ class BlockState:
     """The state folder of one run.
 
     Args:
-        folder: made when the first block is kept.
+        folder: made when the first thing is kept.
         fingerprint: `run_fingerprint` of this run.
         resume: continue what is there; else only an empty or missing folder will do.
 
     Raises:
-        UserError: the folder holds blocks of another run, or there are some and ``resume`` is off.
+        UserError: the folder holds blocks of another run, or there are some and ``resume`` is off,
+            or another process works in it.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, str], *, resume: bool):
         self.folder, self.fingerprint = folder, fingerprint
+        self._lock: int | None = None
         known = folder / _RUN
         if known.exists():
+            self._hold()
             if not resume:
+                self.release()
                 raise UserError(
                     f"{folder}: holds the blocks of an unfinished run; continue it with --resume, "
                     "or discard it with --overwrite"
                 )
-            _check_same(known, fingerprint)
+            try:
+                _check_same(known, fingerprint)
+            except UserError:
+                self.release()
+                raise
 
     def discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Lets other processes continue the run."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __del__(self):
+        self.release()
+
+    def _begin(self) -> None:
+        """Makes the folder, before the first thing is kept in it."""
+        if not (self.folder / _RUN).exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._hold()
+            _write(self.folder / _RUN, json.dumps(self.fingerprint, indent=1).encode())
+
+    def _hold(self) -> None:
+        """Holds the folder for this process; it is free again when the process ends, however."""
+        try:
+            import fcntl
+        except ImportError:  # no such locks on Windows: two runs on one output are the user's care
+            return
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(f"output: another run is working in {self.folder}") from None
+            return  # a file system without locks
+        self._lock = handle
+
+    def save_search(self, search: PrefixSearch) -> None:
+        """Keeps the prefix search."""
+        self._begin()
+        _write(self.folder / _SEARCH, json.dumps(_encode_search(search)).encode())
+
+    def load_search(self) -> PrefixSearch | None:
+        """The prefix search, if it was finished before.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.folder / _SEARCH
+        if not path.exists():
+            return None
+        try:
+            return _decode_search(json.loads(path.read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: damaged ({error}); start again with --overwrite") from error
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
 
     def save(self, index: int, block: SavedBlock) -> None:
         """Keeps a finished block; when this returns it is on the disk."""
-        if not (self.folder / _RUN).exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self.folder / _RUN, json.dumps(self.fingerprint, indent=1).encode())
+        self._begin()
         tensors: dict[str, Tensor] = {f"latent.{r}": w for r, w in block.latents.items()}
         bits = {}
         for role, weight in block.weights.items():
@@ -184,6 +246,37 @@ def _decode(about: dict[str, Any], tensors: dict[str, Tensor]) -> SavedBlock:
     )
     latents = {n.removeprefix("latent."): t for n, t in tensors.items() if n.startswith("latent.")}
     return SavedBlock(weights, scales, about["report"], latents)
+
+
+def _encode_search(search: PrefixSearch) -> dict[str, Any]:
+    """Plain data; counters become pairs, because their order decides between equal counts."""
+
+    def tally(t: Tally) -> dict[str, Any]:
+        return {**vars(t), "tokens": list(t.tokens.items())}
+
+    steps = [
+        {**vars(s), "before_r4": tally(s.before_r4), "quantized": tally(s.quantized)}
+        for s in search.steps
+    ]
+    return {**vars(search), "steps": steps}
+
+
+def _decode_search(data: dict[str, Any]) -> PrefixSearch:
+    def tally(fields: dict[str, Any]) -> Tally:
+        return Tally(**{**fields, "tokens": Counter(dict(map(tuple, fields["tokens"])))})
+
+    steps = [
+        ScanResult(
+            **{
+                **step,
+                "prefix": tuple(step["prefix"]),
+                "before_r4": tally(step["before_r4"]),
+                "quantized": tally(step["quantized"]),
+            }
+        )
+        for step in data["steps"]
+    ]
+    return PrefixSearch(**{**data, "prefix": tuple(data["prefix"]), "steps": steps})
 
 
 def _check_same(path: Path, fingerprint: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +14,12 @@ from typing import Any
 import torch
 
 from prefixquant import text as texts
-from prefixquant.checkpoint import is_prefixquant_checkpoint, read_checkpoint, write_checkpoint
+from prefixquant.checkpoint import (
+    is_prefixquant_checkpoint,
+    read_checkpoint,
+    remove_stale_partials,
+    write_checkpoint,
+)
 from prefixquant.compare import Candidate, compare
 from prefixquant.config import RecipeConfig
 from prefixquant.loading import (
@@ -23,6 +29,7 @@ from prefixquant.loading import (
     tokenizer_without_bos,
 )
 from prefixquant.progress import SILENT, Progress
+from prefixquant.recipes import write_recipe
 from prefixquant.report import model_card, quantize_report, report_json
 from prefixquant.report_html import render_html
 
@@ -117,6 +124,7 @@ def quantize_and_save(  # noqa: PLR0913
         calibration=origin.calibration_text,
         command=origin.command,
         seconds=time.monotonic() - start,
+        fingerprint=None if state is None else state.fingerprint,
     )
     if tokenizer.bos_token_id in result.quantization.prefix_token_ids:
         if chat_template_adds_bos(tokenizer):
@@ -135,6 +143,27 @@ def quantize_and_save(  # noqa: PLR0913
         )
     if state is not None:
         state.discard()
+    remove_stale_partials(output)
+    return report
+
+
+def finished_report(
+    float_model: Any, recipe: RecipeConfig, calibration: torch.Tensor, output: Path
+) -> dict[str, Any] | None:
+    """The report of the checkpoint that a killed run had already finished, or None; clears the
+    state that it left."""
+    from prefixquant.resume import run_fingerprint, state_folder
+
+    if not is_prefixquant_checkpoint(output):
+        return None
+    try:
+        report = json.loads((output / "report.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    run = run_fingerprint(float_model, recipe, calibration)
+    if not isinstance(report, dict) or report.get("fingerprint") != run:
+        return None
+    shutil.rmtree(state_folder(output), ignore_errors=True)
     return report
 
 
@@ -153,8 +182,6 @@ def block_state(
         UserError: an unfinished run is kept there and neither ``resume`` nor ``overwrite`` is
             given, or it was another run.
     """
-    import shutil
-
     from prefixquant.resume import BlockState, run_fingerprint, state_folder
 
     folder = state_folder(output)
@@ -170,6 +197,7 @@ def report_files(
     return {
         "report.json": report_json(report),
         "report.html": render_html(report),
+        "recipe.yaml": write_recipe(report),
         "README.md": model_card(config, quantization, report),
     }
 
