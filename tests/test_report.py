@@ -45,14 +45,31 @@ STEP = {
 }
 
 
+STEP["before_r4"] = {"max_ratio": [5.0, 3000.0, 1.0], "outliers": [0, 4, 0]}
+
+
 def report(**details):
     return quantize_report(
         {
             "prefix": {
                 "steps": [
-                    {"text": [], "max_ratio": [3.0, 2450.5, math.nan], **STEP},
-                    {"text": ["<s>"], "max_ratio": [3.0, 21.5, 2.0], **STEP},
+                    {"prefix": [], "text": [], "max_ratio": [3.0, 2450.5, math.nan], **STEP},
+                    {
+                        **STEP,
+                        "prefix": [0],
+                        "text": ["<s>"],
+                        "max_ratio": [3.0, 21.5, 2.0],
+                        "before_r4": {"max_ratio": [2.0, 17.25, 1.0], "outliers": [0, 0, 0]},
+                    },
                 ],
+                "prefix": [0],
+                "profiles": {
+                    "block": 1,
+                    "steps": [
+                        {"before_r4": [3000.0, 1.0, 2.0], "quantized": [2450.0, 1.0, 2.0]},
+                        {"before_r4": [1.5, 1.0, 2.0], "quantized": [1.5, 1.0, 2.0]},
+                    ],
+                },
                 "bos_source": "bos_token_id of the tokenizer",
             },
             "blocks": [
@@ -91,8 +108,12 @@ def test_page_is_self_contained_and_escaped():
     assert "<script" not in page
     assert not re.search(r"(src|href|url|@import)\s*[=(]", page)
     assert "owner/&lt;model&gt;" in page
-    assert page.count("<svg") == 3
-    assert "2450.5" not in page.split("<svg")[0]
+    # Token maxima, ratios, outlier tokens; error, activation scales, scales of heads.
+    assert page.count("<svg") == 6
+    assert "<b>3000</b> medians" in page
+    assert "<b>17.2</b> with prefix &#x27;&lt;s&gt;&#x27;" in page
+    assert "block 1, one window" in page
+    assert re.search(r"<td class=.n.>2450.5</td>", page)  # the control table
     assert "eta = 64" in page
     for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         ElementTree.fromstring(svg)

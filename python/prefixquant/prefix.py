@@ -33,6 +33,7 @@ from prefixquant.roles import model_geometry
 from prefixquant.rotate import plan_rotations, rotate_last_dim
 
 _MOST_TOKENS = 8  # a verified prefix longer than this would mean that prefixing does not work here
+_PROFILE_TOKENS = 512  # token maxima kept of the first sample, for the report
 _PERPLEXITY_SAMPLES = 16  # windows of the scan that the float perplexities are taken on
 
 
@@ -44,9 +45,17 @@ class Tally:
     outliers: list[int] = field(default_factory=list)  # per block, position 0 included
     tokens: Counter = field(default_factory=Counter)  # token -> count, position 0 apart
     at_position_0: int = 0
+    largest: list[float] = field(default_factory=list)  # per block, the largest M_t of all samples
+    median: list[float] = field(default_factory=list)  # per block, the largest median of a sample
+    smallest: list[float] = field(default_factory=list)  # per block, the smallest M_t
+    profile: list[list[float]] = field(default_factory=list)  # per block, M_t of the first sample
 
     def add_block(self) -> None:
         self.max_ratio.append(0.0)
+        self.largest.append(0.0)
+        self.median.append(0.0)
+        self.smallest.append(math.inf)
+        self.profile.append([])
         self.outliers.append(0)
 
     def add_sample(self, x: Tensor, ids: Tensor, eta: float) -> None:
@@ -54,6 +63,11 @@ class Tally:
         row_max, median, is_outlier = outlier_scan(x, eta)
         ratio = (row_max.max() / median.clamp_min(1e-30)).item()
         self.max_ratio[-1] = max(self.max_ratio[-1], ratio)
+        self.largest[-1] = max(self.largest[-1], row_max.max().item())
+        self.median[-1] = max(self.median[-1], median.item())
+        self.smallest[-1] = min(self.smallest[-1], row_max.min().item())
+        if not self.profile[-1]:  # five digits draw the same picture, and keep the report small
+            self.profile[-1] = [float(f"{m:.5g}") for m in row_max[:_PROFILE_TOKENS].tolist()]
         for position in is_outlier.nonzero().flatten().tolist():
             self.outliers[-1] += 1
             if position == 0:
@@ -64,6 +78,10 @@ class Tally:
     def to_dict(self, tokenizer) -> dict[str, Any]:
         return {
             "max_ratio": self.max_ratio,
+            "largest": self.largest,
+            "median": self.median,
+            "smallest": self.smallest,
+            "outliers": self.outliers,
             "outlier_tokens": self.tokens.total(),
             "outliers_at_position_0": self.at_position_0,
             "most_frequent": [
@@ -111,6 +129,20 @@ class PrefixSearch:
             "bos": self.bos,
             "bos_source": self.bos_source,
             "steps": [step.to_dict(tokenizer) for step in self.steps],
+            "profiles": self.profiles(),
+        }
+
+    def profiles(self) -> dict[str, Any]:
+        """Token maxima M_t over one sample, at every step, in the block where the first step has
+        its largest outlier."""
+        first = self.steps[0].before_r4.max_ratio
+        block = max(range(len(first)), key=first.__getitem__)
+        return {
+            "block": block,
+            "steps": [
+                {"before_r4": s.before_r4.profile[block], "quantized": s.quantized.profile[block]}
+                for s in self.steps
+            ],
         }
 
 

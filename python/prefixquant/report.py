@@ -243,6 +243,12 @@ def describe_evaluation(report: Mapping[str, Any]) -> str:
     line = f"perplexity {result['ppl']:.3f}"
     if "kl" in result:
         line += f", KL {result['kl']:.4f}, top-1 agreement {100 * result['top1']:.1f}%"
+    if "speed" in result:
+        speed = result["speed"]
+        line += (
+            f", {speed['decode_tokens_per_second']:.1f} tokens/s written, "
+            f"{speed['prefill_tokens_per_second']:.0f} read"
+        )
     return (
         f"{line} ({protocol['windows']} windows of {protocol['seqlen']} tokens of "
         f"{protocol['text']}, last {100 * protocol['tail']:.0f}% of the text)"

@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """report.html: the report as one self-contained page, with inline SVG and nothing loaded."""
 
-import html
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from prefixquant.progress import format_seconds
 from prefixquant.report import describe_prefix, format_bytes, plain, prefix_name
-
-_WIDTH, _HEIGHT = 720, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 40
-_COLORS = ("#c0392b", "#2471a3", "#1e8449", "#9a7d0a", "#6c3483", "#5d6d7e")
+from prefixquant.report_charts import escape, line_chart
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -27,117 +22,15 @@ pre { overflow-x: auto; font-size: 12px; }
 """
 
 
-def line_chart(
-    series: Mapping[str, Sequence[float | None]],
-    *,
-    x_label: str,
-    y_label: str,
-    log: bool = False,
-    mark: tuple[str, float] | None = None,
-) -> str:
-    """One SVG with a line a series over 0, 1, 2, ...; ``mark`` is a labelled horizontal line.
-
-    Missing and non-finite values (and on a log axis those not above zero) leave a gap.
-    """
-
-    def usable(value: float | None) -> bool:
-        return value is not None and math.isfinite(value) and (value > 0 or not log)
-
-    values = [v for points in series.values() for v in points if usable(v)]
-    if mark is not None:
-        values.append(mark[1])
-    if not values:
-        return "<p>No values.</p>"
-    length = max(len(points) for points in series.values())
-    low, high = min(values), max(values)
-    if log:
-        low, high = 10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high))
-        if low == high:
-            high *= 10
-    else:
-        low = min(low, 0.0)
-        high = high if high > low else low + 1.0
-
-    def x_of(i: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (i / max(length - 1, 1))
-
-    def y_of(v: float) -> float:
-        part = math.log(v / low) / math.log(high / low) if log else (v - low) / (high - low)
-        return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * part
-
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{_text(y_label)}">']
-    for tick in _ticks(low, high, log):
-        y = y_of(tick)
-        parts.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
-        )
-    for i in range(0, length, max(1, math.ceil(length / 12))):
-        parts.append(
-            f'<text x="{x_of(i):.1f}" y="{_HEIGHT - _BOTTOM + 15}" text-anchor="middle">{i}</text>'
-        )
-    parts.append(
-        f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">'
-        f"{_text(x_label)}</text>"
-        f'<text transform="translate(12 {_HEIGHT / 2}) rotate(-90)" text-anchor="middle">'
-        f"{_text(y_label)}</text>"
-    )
-    if mark is not None:
-        y = y_of(mark[1])
-        parts.append(
-            f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" '
-            f'stroke="currentColor" stroke-dasharray="4 4"/>'
-            f'<text x="{_WIDTH - _RIGHT}" y="{y - 4:.1f}" text-anchor="end">{_text(mark[0])}</text>'
-        )
-    for (name, points), color in zip(series.items(), _cycle(_COLORS), strict=False):
-        path, pen_down = [], False
-        for i, value in enumerate(points):
-            if not usable(value):
-                pen_down = False
-                continue
-            x, y = x_of(i), y_of(value)
-            path.append(f"{'L' if pen_down else 'M'}{x:.1f} {y:.1f}")
-            pen_down = True
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2" fill="{color}"/>')
-        parts.append(f'<path d="{"".join(path)}" fill="none" stroke="{color}" stroke-width="1.5"/>')
-        parts.append(f"<!-- {_text(name).replace('--', '')} -->")
-    parts.append("</svg>")
-    legend = " ".join(
-        f'<span style="color:{color}">&#9632;</span> {_text(name)}'
-        for name, color in zip(series, _cycle(_COLORS), strict=False)
-    )
-    return f"<p>{legend}</p>{''.join(parts)}"
-
-
-def _ticks(low: float, high: float, log: bool) -> list[float]:
-    if log:
-        first, last = round(math.log10(low)), round(math.log10(high))
-        return [10.0**e for e in range(first, last + 1, max(1, (last - first) // 6))]
-    step = 10 ** math.floor(math.log10((high - low) / 2))
-    while (high - low) / step > 6:
-        step *= 2 if (high - low) / (step * 2) <= 6 else 5
-    first = math.ceil(low / step)
-    return [i * step for i in range(first, math.floor(high / step) + 1)]
-
-
-def _cycle(colors: Sequence[str]):
-    while True:
-        yield from colors
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value), quote=True)
-
-
 def _table(rows: Sequence[Sequence[Any]], header: Sequence[str] | None = None) -> str:
     lines = ["<table>"]
     if header:
-        lines.append("<tr>" + "".join(f"<th>{_text(cell)}</th>" for cell in header) + "</tr>")
+        lines.append("<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>")
     for row in rows:
         cells = "".join(
             f'<td class="n">{cell:.6g}</td>'
             if isinstance(cell, int | float) and not isinstance(cell, bool)
-            else f"<td>{_text('' if cell is None else cell)}</td>"
+            else f"<td>{escape('' if cell is None else cell)}</td>"
             for cell in row
         )
         lines.append(f"<tr>{cells}</tr>")
@@ -146,14 +39,14 @@ def _table(rows: Sequence[Sequence[Any]], header: Sequence[str] | None = None) -
 
 
 def _section(title: str, *content: str) -> str:
-    return f"<h2>{_text(title)}</h2>{''.join(content)}"
+    return f"<h2>{escape(title)}</h2>{''.join(content)}"
 
 
 def _generic(value: Any) -> str:
     """Any plain data as nested tables, for the parts that have no picture."""
     if isinstance(value, Mapping):
         rows = "".join(
-            f"<tr><th>{_text(str(k).replace('_', ' '))}</th><td>{_generic(v)}</td></tr>"
+            f"<tr><th>{escape(str(k).replace('_', ' '))}</th><td>{_generic(v)}</td></tr>"
             for k, v in value.items()
         )
         return f"<table>{rows}</table>"
@@ -161,7 +54,7 @@ def _generic(value: Any) -> str:
         keys = list(dict.fromkeys(k for v in value for k in v))
         cells = [[_short(v.get(k)) for k in keys] for v in value]
         return _table(cells, [str(k).replace("_", " ") for k in keys])
-    return _text(_short(value))
+    return escape(_short(value))
 
 
 def _short(value: Any) -> Any:
@@ -192,6 +85,7 @@ _SHOWN = frozenset(
         "blocks",
         "recipe",
         "quantization",
+        "fingerprint",
     }
 )
 
@@ -213,51 +107,203 @@ def _summary(report: Mapping[str, Any]) -> str:
     return _table(rows)
 
 
+# Of a step of the search: what the charts and the table of the prefix show.
+_DRAWN = (
+    "max_ratio", "largest", "median", "smallest", "outliers", "before_r4", "prefix", "text",
+    "outlier_tokens", "float_perplexity",
+)  # fmt: skip
+
+
 def _prefix_section(prefix: Mapping[str, Any], eta: float) -> str:
-    """The search step by step, with each block's largest token maximum at every step."""
+    """Token-wise maxima without and with the prefix, before and after R4, and the control table."""
     steps = prefix["steps"]
-    curves = {f"prefix {prefix_name(step['text'])}": step["max_ratio"] for step in steps}
-    content = []
-    if curves:
-        content.append(
-            "<p>Input of down_proj, block by block: the largest token-wise maximum over the median "
-            "one, at each step of the search.</p>"
-            + line_chart(
-                curves,
-                x_label="block",
-                y_label="largest / median token maximum",
-                log=True,
-                mark=(f"eta = {eta:g}", eta),
-            )
+    names = [f"prefix {prefix_name(step['text'])}" for step in steps]
+    chosen = _chosen_step(prefix)
+    content = [_headline(steps, chosen), _profile_chart(prefix, names, chosen)]
+    both = [
+        (name, step, step.get("before_r4", {})) for name, step in zip(names, steps, strict=True)
+    ]
+    ratios = {
+        **{f"{name}, before R4": before.get("max_ratio", []) for name, _, before in both},
+        **{f"{name}, after R4": step["max_ratio"] for name, step, _ in both},
+    }
+    content.append(
+        "<h3>Largest token over the median token, block by block</h3>"
+        + line_chart(
+            {name: curve for name, curve in ratios.items() if curve},
+            x_label="block",
+            y_label="largest / median token maximum",
+            log=True,
+            mark=(f"eta = {eta:g}", eta),
         )
-    rest = [{k: v for k, v in step.items() if k != "max_ratio"} for step in steps]
-    if rest:
-        content.append(_generic(rest))
-    content.append(_generic({k: v for k, v in prefix.items() if k != "steps"}))
-    return _section("Prefix", *content)
+    )
+    content += [_extremes_chart(names, steps, chosen), _outliers_chart(names, steps)]
+    content.append("<h3>What each prefix leaves, and what it does to the float model</h3>")
+    content.append(_control_table(steps))
+    rest = [{k: v for k, v in step.items() if k not in _DRAWN} for step in steps]
+    if any(rest):
+        content.append(_details("Most frequent outlier tokens", _generic(rest)))
+    about = {k: v for k, v in prefix.items() if k not in ("steps", "profiles")}
+    return _section("Prefix", *content, _generic(about))
+
+
+def _chosen_step(prefix: Mapping[str, Any]) -> int:
+    """The step whose prefix was taken: the last one, where the report does not say."""
+    taken = prefix.get("prefix")
+    found = [i for i, step in enumerate(prefix["steps"]) if step.get("prefix") == taken]
+    return found[0] if taken is not None and found else len(prefix["steps"]) - 1
+
+
+def _headline(steps: Sequence[Mapping[str, Any]], chosen: int) -> str:
+    """One sentence: where the worst block is, and what becomes of it."""
+    before, after = (steps[i].get("before_r4", steps[i])["max_ratio"] for i in (0, chosen))
+    known = [i for i, ratio in enumerate(before) if ratio is not None]
+    if not known or chosen == 0:
+        return ""
+    block = max(known, key=before.__getitem__)
+    if after[block] is None:
+        return ""
+    return (
+        f"<p>Input of down_proj. In block {block} the largest token stands at "
+        f"<b>{before[block]:.0f}</b> medians with prefix {escape(prefix_name(steps[0]['text']))}, "
+        f"and at <b>{after[block]:.1f}</b> with prefix "
+        f"{escape(prefix_name(steps[chosen]['text']))}.</p>"
+    )
+
+
+def _profile_chart(prefix: Mapping[str, Any], names: Sequence[str], chosen: int) -> str:
+    profiles = prefix.get("profiles")
+    if not profiles:
+        return ""
+    shown = {}
+    for step in dict.fromkeys((0, chosen)):
+        for key, where in (("before_r4", "before R4"), ("quantized", "after R4")):
+            shown[f"{names[step]}, {where}"] = profiles["steps"][step][key]
+    return (
+        f"<h3>Token-wise maxima in block {profiles['block']}, one window of text</h3>"
+        + line_chart(
+            shown, x_label="token", y_label="largest |x| of the token", log=True, dots_only=True
+        )
+    )
+
+
+def _extremes_chart(names: Sequence[str], steps: Sequence[Mapping[str, Any]], chosen: int) -> str:
+    curves = {
+        f"{names[step]}, {key}": steps[step][key]
+        for step in dict.fromkeys((0, chosen))
+        for key in ("largest", "median", "smallest")
+        if key in steps[step]
+    }
+    if not curves:
+        return ""
+    return (
+        "<h3>Largest, median and smallest token maximum, after R4</h3>"
+        "<p>One static scale serves a tensor as far as these three lie close together.</p>"
+        + line_chart(curves, x_label="block", y_label="largest |x| of a token", log=True)
+    )
+
+
+def _outliers_chart(names: Sequence[str], steps: Sequence[Mapping[str, Any]]) -> str:
+    curves = {
+        f"{name}, {where}": part["outliers"]
+        for name, step in zip(names, steps, strict=True)
+        for where, part in (("before R4", step.get("before_r4", {})), ("after R4", step))
+        if "outliers" in part
+    }
+    if not curves:
+        return ""
+    return "<h3>Outlier tokens, all windows</h3>" + line_chart(
+        curves, x_label="block", y_label="tokens above eta medians"
+    )
+
+
+def _control_table(steps: Sequence[Mapping[str, Any]]) -> str:
+    def largest(part: Mapping[str, Any]) -> float | None:
+        return max((r for r in part.get("max_ratio", []) if r is not None), default=None)
+
+    rows = [
+        [
+            prefix_name(step["text"]),
+            step["outlier_tokens"],
+            largest(step.get("before_r4", {})),
+            largest(step),
+            step["float_perplexity"],
+        ]
+        for step in steps
+    ]
+    header = ["prefix", "outlier tokens", "largest ratio before R4", "after R4", "float perplexity"]
+    return _table(rows, header)
+
+
+def _details(title: str, content: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
 def _blocks_section(blocks: Sequence[Mapping[str, Any]]) -> str:
-    """Every number that the blocks have in common, drawn over the blocks, errors first."""
-    keys = [
-        k
-        for k in dict.fromkeys(k for block in blocks for k in block)
-        if k not in ("block", "index") and any(isinstance(b.get(k), int | float) for b in blocks)
-    ]
-    keys.sort(key=lambda k: "error" not in k)
+    """Errors and scales over the blocks."""
+
+    def curve(read: Callable[[Mapping[str, Any]], Any]) -> list[Any]:
+        return [read(block) for block in blocks]
+
+    def numbers(part: str) -> list[str]:
+        keys = dict.fromkeys(k for block in blocks for k in block)
+        return [
+            k
+            for k in keys
+            if part in k and any(isinstance(block.get(k), int | float) for block in blocks)
+        ]
+
     charts = [
-        f"<h3>{_text(key.replace('_', ' '))}</h3>"
-        + line_chart(
-            {key: [block.get(key) for block in blocks]},
+        "<h3>Error of each block's output, relative, summed up on the way</h3>",
+        line_chart(
+            {k.replace("_", " "): curve(lambda b, k=k: b.get(k)) for k in numbers("error")},
             x_label="block",
-            y_label=key.replace("_", " "),
-            log="error" in key,
-        )
-        for key in keys
+            y_label="relative squared error",
+            log=True,
+        ),
     ]
-    return _section(
-        "Blocks", *charts, "<details><summary>All values</summary>", _generic(blocks), "</details>"
-    )
+    roles = dict.fromkeys(role for block in blocks for role in block.get("weight_errors") or {})
+    if roles:
+        charts.append("<h3>Error of each linear's output by its weights</h3>")
+        errors = {
+            role: curve(lambda b, r=role: (b.get("weight_errors") or {}).get(r)) for role in roles
+        }
+        charts.append(line_chart(errors, x_label="block", y_label="relative error", log=True))
+    if numbers("_scale"):
+        scales = {k.replace("_", " "): curve(lambda b, k=k: b.get(k)) for k in numbers("_scale")}
+        charts.append("<h3>Activation scales</h3>")
+        charts.append(line_chart(scales, x_label="block", y_label="scale", log=True))
+    heads = {
+        f"{name} {word}": curve(lambda b, n=name, pick=pick: pick(b[f"{n}_scale"]))
+        for name in ("k", "v")
+        for word, pick in (("largest head", max), ("smallest head", min))
+        if all(isinstance(block.get(f"{name}_scale"), list) for block in blocks)
+    }
+    if heads:
+        charts.append("<h3>K and V scales</h3>")
+        charts.append(line_chart(heads, x_label="block", y_label="scale", log=True))
+    return _section("Blocks", *charts, _details("All values", _generic(blocks)))
+
+
+def _evaluation_section(evaluation: Mapping[str, Any]) -> str:
+    """Accuracy and speed, each with the protocol beside it."""
+    protocol = evaluation.get("protocol", {})
+    named = {
+        "ppl": "perplexity",
+        "reference_ppl": "perplexity of the float model",
+        "kl": "KL divergence from it",
+        "top1": "share of equal likeliest tokens",
+    }
+    rows = [[text, evaluation[key]] for key, text in named.items() if key in evaluation]
+    speed = evaluation.get("speed") or {}
+    rows += [[k.replace("_", " "), v] for k, v in speed.items()]
+    content = [_table(rows)]
+    if protocol:
+        content.append(
+            f"<p>{protocol['windows']} windows of {protocol['seqlen']} tokens of "
+            f"{escape(protocol['text'])}, the last {100 * protocol['tail']:.0f}% of the text.</p>"
+        )
+    return _section("Accuracy and speed", *content)
 
 
 def render_html(report: Mapping[str, Any]) -> str:
@@ -274,16 +320,16 @@ def render_html(report: Mapping[str, Any]) -> str:
         if key not in _SHOWN
     ]
     if "evaluation" in report:
-        parts.append(_section("Evaluation", _generic(report["evaluation"])))
+        parts.append(_evaluation_section(report["evaluation"]))
     parts.append(_section("Recipe", _generic(report["recipe"])))
     parts.append(
         _section(
             "How it was made",
-            f"<pre>{_text(report['command_line'])}</pre>",
+            f"<pre>{escape(report['command_line'])}</pre>",
             _generic(report["environment"]),
         )
     )
-    title = f"prefixquant: {_text(report['model'])}, {_text(report['scheme'])}"
+    title = f"prefixquant: {escape(report['model'])}, {escape(report['scheme'])}"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{title}</h1>{''.join(parts)}</body></html>\n"

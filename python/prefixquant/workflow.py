@@ -32,6 +32,7 @@ from prefixquant.progress import SILENT, Progress
 from prefixquant.recipes import write_recipe
 from prefixquant.report import model_card, quantize_report, report_json
 from prefixquant.report_html import render_html
+from prefixquant.speed import measure_speed
 
 # Of any text, quantize sees the first part and eval measures on the last: no token serves both.
 CALIBRATION_FRACTION = 0.82
@@ -250,4 +251,7 @@ def evaluate(
     else:
         measured |= {"reference": reference, "reference_ppl": results["reference"]["ppl"]}
     measured["protocol"] = {**asdict(protocol), "windows": len(samples)}
+    if hasattr(model, "generate"):  # fake quantization has none
+        with progress.stage("measure speed"):
+            measured["speed"] = measure_speed(model, samples[0])
     return measured
