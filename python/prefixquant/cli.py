@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``prefixquant quantize | eval | generate | scan | inspect | doctor``.
+"""The command line: ``prefixquant quantize | eval | generate | serve | scan | inspect | doctor``.
 
 Results go to stdout, progress and errors to stderr. What the user can mend is one line and exit
 code 2; anything else keeps its traceback. torch and transformers are imported by the commands, not
@@ -220,7 +220,9 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
 def evaluate(  # noqa: PLR0913 - the arguments are the options
     target: CheckpointOrModel,
     text: Text = "pydoc",
-    windows: Annotated[int, typer.Option(help="Windows at most.", min=1)] = 40,
+    windows: Annotated[
+        int, typer.Option(help="Windows at most; 0: no perplexity, the tasks alone.", min=0)
+    ] = 40,
     seqlen: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 2048,
     tail: Annotated[
         float,
@@ -230,13 +232,25 @@ def evaluate(  # noqa: PLR0913 - the arguments are the options
         str | None,
         typer.Option(help="A float model: also give KL divergence and top-1 agreement with it."),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm_eval, by commas; zero-shot: the five of the papers."),
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="A folder with tasks of your own, as YAML files.")
+    ] = None,
+    shots: Annotated[int, typer.Option(help="Examples in front of each question.", min=0)] = 0,
+    limit: Annotated[
+        int | None, typer.Option(help="The first documents of each task only.", min=1)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions at once.", min=1)] = 8,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the report to this JSON file.")
     ] = None,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity: mean NLL over non-overlapping windows, exponentiated."""
+    """Measure perplexity (exponentiated mean NLL, non-overlapping windows) and lm_eval tasks."""
     from prefixquant import text as texts
     from prefixquant import workflow
     from prefixquant.report import describe_evaluation, eval_report, replace_files, report_json
@@ -245,11 +259,25 @@ def evaluate(  # noqa: PLR0913 - the arguments are the options
         raise UserError(f"--tail: expected a number above 0 and at most 1, got {tail}")
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise UserError(f"--output {output}: expected a file name in an existing folder")
+    task_arguments = None
+    if tasks is not None:
+        from prefixquant.integrations.lm_eval import task_names
+
+        task_arguments = {
+            "tasks": task_names(tasks),
+            "folder": task_folder,
+            "shots": shots,
+            "limit": limit,
+            "batch_size": batch_size,
+        }
+    elif windows == 0:
+        raise UserError("--windows 0: expected --tasks, there is nothing else to measure")
     evaluation = workflow.evaluate(
         target,
         texts.load_text(text),
         workflow.Protocol(text, tail, windows, seqlen),
         reference=reference,
+        tasks=task_arguments,
         device=_device(device),
         progress=_progress(),
     )
@@ -327,6 +355,29 @@ def generate(
         )
     else:
         typer.echo(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s", err=True)
+
+
+@app.command()
+def serve(
+    checkpoint: Annotated[str, typer.Argument(help="A prefixquant checkpoint.")],
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port; 0: a free one.", min=0, max=65535)] = 8000,
+    device: Device = "cpu",
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.", min=0)] = None,
+    log_level: Annotated[
+        str, typer.Option(help="debug, info, warning or error.", metavar="LEVEL")
+    ] = "warning",
+) -> None:
+    """Serve a checkpoint to OpenAI clients, streaming included (on `transformers serve`)."""
+    from prefixquant.checkpoint import is_prefixquant_checkpoint
+    from prefixquant.integrations.serve import has_chat_template, start_server
+
+    if log_level not in ("debug", "info", "warning", "error"):
+        raise UserError(f"--log-level: expected debug, info, warning or error, got {log_level!r}")
+    _device(device)
+    if is_prefixquant_checkpoint(checkpoint) and not has_chat_template(checkpoint):
+        typer.echo("no chat template: /v1/completions works, /v1/chat/completions not", err=True)
+    start_server(checkpoint, host=host, port=port, device=device, seed=seed, log_level=log_level)
 
 
 @app.command()

@@ -239,6 +239,15 @@ def describe_quantize(report: Mapping[str, Any], output: Path) -> str:
 
 def describe_evaluation(report: Mapping[str, Any]) -> str:
     result = report["evaluation"]
+    lines = [_describe_perplexity(result)] if "ppl" in result else []
+    if "tasks" in result:
+        from prefixquant.integrations.lm_eval import describe_tasks
+
+        lines.append(describe_tasks(result["tasks"]))
+    return "\n\n".join(lines)
+
+
+def _describe_perplexity(result: Mapping[str, Any]) -> str:
     protocol = result["protocol"]
     line = f"perplexity {result['ppl']:.3f}"
     if "kl" in result:

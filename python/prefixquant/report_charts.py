@@ -74,7 +74,8 @@ def line_chart(
         parts.append(
             f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" '
             f'stroke="currentColor" stroke-dasharray="4 4"/>'
-            f'<text x="{_WIDTH - _RIGHT}" y="{y - 4:.1f}" text-anchor="end">{escape(mark[0])}</text>'
+            f'<text x="{_WIDTH - _RIGHT}" y="{y - 4:.1f}" text-anchor="end">'
+            f"{escape(mark[0])}</text>"
         )
     for (name, points), color in zip(series.items(), _cycle(_COLORS), strict=False):
         path, pen_down = [], False

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -225,33 +225,53 @@ def evaluate(
     protocol: Protocol,
     *,
     reference: str | None = None,
+    tasks: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Perplexity of a checkpoint or float model; with ``reference`` also KL and top-1 against it.
 
     The reference gets the checkpoint's prefix in front, so that the difference is that of the
-    quantization alone.
+    quantization alone. ``tasks`` holds the arguments of `evaluate_tasks`, which then runs on both
+    models; there the float model has no prefix. With ``protocol.windows`` 0 the tasks are all.
     """
     with progress.stage("load the model"):
         model, tokenizer = _load_to_measure(target, device)
-    samples = protocol.samples(content, tokenizer)
-    name = str(target)
-    candidates = {name: Candidate(model)}
+    reference_model = None
     if reference is not None:
+        with progress.stage("load the reference"):
+            reference_model, reference_tokenizer = load_any(reference, device)
+    measured: dict[str, Any] = {}
+    if protocol.windows:
         prefix: tuple[int, ...] = ()
         if is_prefixquant_checkpoint(target):
             prefix = saved_configs(Path(target))[1].prefix_token_ids
-        with progress.stage("load the reference"):
-            candidates["reference"] = Candidate(load_any(reference, device)[0], prefix)
-    results = compare(candidates, name if reference is None else "reference", samples, progress)
-    measured = results[name]
-    if reference is None:
-        del measured["kl"], measured["top1"]  # against itself
-    else:
-        measured |= {"reference": reference, "reference_ppl": results["reference"]["ppl"]}
-    measured["protocol"] = {**asdict(protocol), "windows": len(samples)}
-    if hasattr(model, "generate"):  # fake quantization has none
-        with progress.stage("measure speed"):
-            measured["speed"] = measure_speed(model, samples[0])
+        samples = protocol.samples(content, tokenizer)
+        against = None if reference_model is None else Candidate(reference_model, prefix)
+        measured = _perplexities(model, against, samples, progress)
+        measured["protocol"] = {**asdict(protocol), "windows": len(samples)}
+        if hasattr(model, "generate"):  # fake quantization has none
+            with progress.stage("measure speed"):
+                measured["speed"] = measure_speed(model, samples[0])
+    if reference is not None:
+        measured["reference"] = reference
+    if tasks is not None:
+        from prefixquant.integrations.lm_eval import evaluate_tasks
+
+        models = {"model": (model, tokenizer)}
+        if reference_model is not None:
+            models["reference"] = (reference_model, reference_tokenizer)
+        measured["tasks"] = evaluate_tasks(models, progress=progress, **tasks)
     return measured
+
+
+def _perplexities(
+    model: Any, reference: Candidate | None, samples: torch.Tensor, progress: Progress
+) -> dict[str, Any]:
+    candidates = {"model": Candidate(model)}
+    if reference is None:
+        measured = compare(candidates, "model", samples, progress)["model"]
+        del measured["kl"], measured["top1"]  # against itself
+        return measured
+    results = compare({**candidates, "reference": reference}, "reference", samples, progress)
+    return results["model"] | {"reference_ppl": results["reference"]["ppl"]}
