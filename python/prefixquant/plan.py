@@ -57,7 +57,7 @@ def plan_report(
         solver=recipe.solver,
         producer="dry run",
         group_size=recipe.group_size,
-        outlier_fraction=recipe.outlier_fraction if recipe.solver == "quantease-outlier" else 0.0,
+        outlier_fraction=recipe.stored_outlier_fraction,
         activation_mode=recipe.scheme.activation_mode,
         kv_mode=recipe.scheme.kv_mode,
     )
