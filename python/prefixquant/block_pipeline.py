@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prefixquant.block import PrefixKV, block_forward
 from prefixquant.calibrate import CalibratedBlock, Streams, calibrate_block
-from prefixquant.config import RecipeConfig
+from prefixquant.config import FinetuneConfig, RecipeConfig
 from prefixquant.decoder import FloatDecoder
 from prefixquant.finetune import BlockTuner, EndToEnd, Learned, LearnedBlock, Teacher
 from prefixquant.resume import BlockState, SavedBlock
@@ -88,7 +88,8 @@ class BlockPipeline:
                 recipe.seed,
                 quantized=recipe.finetune.epochs > 0,
             )
-        self._learned: list[LearnedBlock] = []
+        # Where training end to end starts: finished blocks, the floating weights behind them.
+        self._starts: list[tuple[CalibratedBlock, dict[str, Tensor]]] = []
 
     @property
     def steps_per_block(self) -> int:
@@ -118,7 +119,7 @@ class BlockPipeline:
             self.tuner.advance_quantized(block, self.prefix[index])
         block.targets = {}
         if self.end_to_end_epochs:
-            self._learned.append(self._start_of_end_to_end(index, original, block, saved.latents))
+            self._starts.append((block, saved.latents))
         return FinishedBlock(block, self.prefix[index], saved.report)
 
     def _make(
@@ -170,38 +171,30 @@ class BlockPipeline:
                 )
             )
 
-    def _start_of_end_to_end(
-        self,
-        index: int,
-        original: BlockWeights,
-        block: CalibratedBlock,
-        latents: dict[str, Tensor],
-    ) -> LearnedBlock:
-        config = self.recipe.finetune
-        learned = Learned(config.e2e_weights, config.e2e_norms, config.e2e_prefix)
-        start = dataclasses.replace(original, weights={**original.weights, **latents})
-        return LearnedBlock(block, start, self.prefix[index], learned)
+    def end_to_end(
+        self, advance: Callable[[int], None], config: FinetuneConfig | None = None
+    ) -> tuple[list[FinishedBlock], dict]:
+        """Trains all blocks together, when the last one has been run.
 
-    def end_to_end(self, advance: Callable[[int], None]) -> tuple[list[FinishedBlock], dict]:
-        """Trains all blocks together; they are done when the last one has been run.
+        Args:
+            config: other settings than the recipe's, for a comparison.
 
         Returns:
             The blocks as they are afterwards, and what happened for the report.
         """
         start = time.monotonic()
+        config = config or self.recipe.finetune
+        learned = Learned(config.e2e_weights, config.e2e_norms, config.e2e_prefix)
+        blocks = [
+            LearnedBlock(block, dataclasses.replace(block.simulated, weights=latents), kv, learned)
+            for (block, latents), kv in zip(self._starts, self.prefix, strict=True)
+        ]
         teacher = Teacher(self.tuner.floating, self._head())
-        training = EndToEnd(
-            self.decoder,
-            self._learned,
-            self.training,
-            teacher,
-            self.recipe.finetune,
-            self.recipe.seed,
-        )
+        training = EndToEnd(self.decoder, blocks, self.training, teacher, config, self.recipe.seed)
         report = training.run(lambda: advance(1))
         finished = []
-        for index, learned in enumerate(self._learned):
-            block, prefix = learned.freeze()
+        for index, each in enumerate(blocks):
+            block, prefix = each.freeze()
             finished.append(FinishedBlock(block, prefix, block_report(index, block)))
         return finished, report | {"seconds": time.monotonic() - start}
 

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning, phase by phase: perplexity after calibration, Block-AP and training end to end.
+
+The text is split as in run_protocol.py: the first 82 percent calibrates and trains (128 x 1024
+tokens, 8 of the windows held out for validation), the first 40 windows of 2048 tokens of the rest
+measure. Everything is fake quantization on one device; scales, norms and prefix are measured as a
+checkpoint stores them.
+
+    python benchmarks/accuracy/run_finetune.py --model M.gguf --text TEXT.txt.gz \
+        --name smollm2-135m-instruct --device cuda
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from prefixquant import progress as progress_module
+from prefixquant.block import PrefixKV
+from prefixquant.block_pipeline import BlockPipeline, FinishedBlock, Samples
+from prefixquant.config import FinetuneConfig, RecipeConfig, Scheme
+from prefixquant.decoder import FloatDecoder
+from prefixquant.doctor import environment
+from prefixquant.prefix import paper_prefix
+from prefixquant.report import peak_memory_bytes, replace_files, report_json
+from prefixquant.roles import BlockWeights, model_geometry
+from prefixquant.rotate import plan_rotations
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from provenance import ROOT, commit
+from workbench import Simulated, Workbench, add_arguments
+
+PHASES = ("calibrated", "block-ap", "e2e-scales", "e2e")
+# scheme:prefix:epochs of Block-AP:epochs end to end
+SETTINGS = ("w4a4kv4:paper:10:10", "w4a8kv4:paper:5:10")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One scheme with one prefix, and how long it is trained."""
+
+    scheme: str
+    prefix: str
+    epochs: int
+    e2e_epochs: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Run":
+        scheme, prefix, epochs, e2e_epochs = text.split(":")
+        return cls(scheme, prefix, int(epochs), int(e2e_epochs))
+
+    def recipe(self, arguments: argparse.Namespace) -> RecipeConfig:
+        tuning = FinetuneConfig(
+            epochs=self.epochs,
+            e2e_epochs=self.e2e_epochs,
+            samples=arguments.train_samples,
+            seqlen=arguments.train_seqlen,
+            validation_samples=max(1, arguments.train_samples // 16),
+            weight_rate=arguments.weight_rate,
+            scale_rate=arguments.scale_rate,
+            e2e_weight_rate=arguments.e2e_weight_rate,
+            e2e_scale_rate=arguments.e2e_scale_rate,
+            e2e_norms=arguments.e2e_norms,
+            e2e_prefix=arguments.e2e_prefix,
+        )
+        return RecipeConfig(
+            scheme=Scheme.parse(self.scheme),
+            prefix=self.prefix,
+            solver=arguments.solver,
+            search_samples=arguments.search_samples,
+            search_seqlen=arguments.train_seqlen,
+            finetune=tuning,
+        )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    defaults = FinetuneConfig()
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        type=Run.parse,
+        default=[Run.parse(s) for s in SETTINGS],
+        help="scheme:prefix:epochs:e2e-epochs",
+    )
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
+    parser.add_argument("--train-samples", type=int, default=defaults.samples)
+    parser.add_argument("--train-seqlen", type=int, default=defaults.seqlen)
+    parser.add_argument("--search-samples", type=int, default=RecipeConfig().search_samples)
+    parser.add_argument("--solver", default=RecipeConfig().solver)
+    for name in ("weight_rate", "scale_rate", "e2e_weight_rate", "e2e_scale_rate"):
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, type=float, default=getattr(defaults, name))
+    parser.add_argument("--e2e-norms", action="store_true", default=defaults.e2e_norms)
+    parser.add_argument("--e2e-prefix", action="store_true", default=defaults.e2e_prefix)
+    parser.add_argument("--suffix", default="finetune", help="the result is NAME-SUFFIX.json")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy"
+    )
+    return parser.parse_args()
+
+
+def as_stored(decoder: FloatDecoder, finished: list[FinishedBlock]) -> Simulated:
+    """The blocks with what a checkpoint keeps in 16 bits rounded to it."""
+
+    def stored(t: torch.Tensor | None) -> torch.Tensor | None:
+        return None if t is None else t.half().float()
+
+    def block(weights: BlockWeights) -> BlockWeights:
+        norms = ("input_norm", "post_norm", "q_norm", "k_norm")
+        rounded = {name: stored(getattr(weights, name)) for name in norms}
+        return dataclasses.replace(weights, **rounded)
+
+    return Simulated(
+        decoder,
+        [block(f.block.simulated) for f in finished],
+        [f.block.scales for f in finished],
+        [PrefixKV(stored(f.prefix.key), stored(f.prefix.value)) for f in finished],
+    )
+
+
+class Measurement:
+    """Runs the phases of one setting and measures after each."""
+
+    def __init__(self, bench: Workbench, run: Run, arguments: argparse.Namespace):
+        self.bench, self.run, self.phases = bench, run, arguments.phases
+        self.recipe = run.recipe(arguments)
+        plan = plan_rotations(model_geometry(bench.model.config), seed=self.recipe.seed)
+        self.decoder = FloatDecoder(bench.model, plan, device=bench.device)
+        self.ids = self._prefix_ids()
+
+    def _prefix_ids(self) -> tuple[int, ...]:
+        search = self.bench.search
+        if self.run.prefix == "paper":
+            return paper_prefix(search.steps[0], search.bos)
+        return {"verified": search.prefix, "bos": (search.bos,), "none": ()}[self.run.prefix]
+
+    def _pipeline(self, recipe: RecipeConfig) -> BlockPipeline:
+        samples = Samples.draw(recipe, self.bench.calibration())
+        return BlockPipeline(self.decoder, recipe, self.decoder.prefix(self.ids), samples)
+
+    def _row(self, phase: str, seconds: float, finished: list[FinishedBlock]) -> dict:
+        measured = self.bench.measure(as_stored(self.decoder, finished))
+        return {
+            "setting": self.run.scheme,
+            "prefix": self.bench.text_of(self.ids),
+            "phase": phase,
+            **measured,
+            "seconds": round(seconds, 1),
+            "peak_bytes": peak_memory_bytes(),
+        }
+
+    @torch.no_grad()
+    def rows(self, advance: Callable[[int], None]) -> Iterator[dict]:
+        tuning = self.recipe.finetune
+        blocks = range(len(self.decoder))
+        if "calibrated" in self.phases:
+            start = time.monotonic()
+            plain = dataclasses.replace(self.recipe, finetune=FinetuneConfig())
+            pipeline = self._pipeline(plain)
+            finished = [pipeline.run(index, lambda steps: None) for index in blocks]
+            yield self._row("calibrated", time.monotonic() - start, finished)
+            del pipeline
+        start = time.monotonic()
+        pipeline = self._pipeline(self.recipe)
+        finished = [pipeline.run(index, advance) for index in blocks]
+        seconds = time.monotonic() - start
+        if tuning.epochs and "block-ap" in self.phases:
+            row = self._row("Block-AP", seconds, finished)
+            yield row | {"blocks": [f.report for f in finished]}
+        for phase, label, weights in (
+            ("e2e-scales", "then scales end to end", False),
+            ("e2e", "then weights and scales end to end", True),
+        ):
+            if not tuning.e2e_epochs or phase not in self.phases:
+                continue
+            config = dataclasses.replace(tuning, e2e_weights=weights)
+            trained, report = pipeline.end_to_end(advance, config)
+            row = self._row(label, seconds + report["seconds"], trained)
+            yield row | {"end_to_end": report}
+
+    @property
+    def steps(self) -> int:
+        tuning = self.recipe.finetune
+        ends = sum(phase in self.phases for phase in ("e2e-scales", "e2e"))
+        return len(self.decoder) * (1 + tuning.epochs) + ends * tuning.e2e_epochs
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    bench = Workbench(arguments)
+    progress = progress_module.for_stream()
+    columns = ["setting", "prefix", "phase", "PPL", "KL", "top-1 %", "seconds"]
+    runs, rows = [], []
+
+    def add(row: dict) -> None:
+        measured = (row["ppl"], 2), (row["kl"], 4), (100 * row["top1"], 1), (row["seconds"], 1)
+        named = [row["setting"].upper(), row["prefix"], row["phase"]]
+        rows.append(named + [round(value, digits) for value, digits in measured])
+        runs.append(row)
+        sys.stdout.write("  ".join(str(cell) for cell in rows[-1]) + "\n")
+        sys.stdout.flush()
+
+    for run in arguments.settings:
+        measurement = Measurement(bench, run, arguments)
+        title = f"{run.scheme}, {run.prefix} prefix"
+        with progress.stage(title, total=measurement.steps) as advance:
+            for row in measurement.rows(advance):
+                add(row | {"recipe": dataclasses.asdict(measurement.recipe)})
+    ids = {m: Measurement(bench, m, arguments).ids for m in arguments.settings}
+    for prefix in dict.fromkeys([bench.search.prefix, *ids.values()]):
+        measured = bench.measure(bench.float_model(prefix))
+        add(
+            {"setting": "float", "prefix": bench.text_of(prefix), "phase": "", **measured}
+            | {"seconds": 0.0}
+        )
+    result = {
+        "table": "finetune",
+        "title": f"{arguments.name}, text {bench.protocol.text}, {len(bench.windows)} windows of "
+        f"{bench.windows.shape[1]} tokens, trained on {arguments.train_samples} x "
+        f"{arguments.train_seqlen}",
+        "columns": columns,
+        "rows": rows,
+        "note": "KL divergence and top-1 agreement are against the float model behind the verified "
+        "prefix; seconds are those of calibration and training, from the start.",
+        "protocol": {**vars(bench.protocol), "windows": len(bench.windows)},
+        "runs": runs,
+        "environment": environment(),
+        "commit": commit(),
+    }
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    name = f"{arguments.name}-{arguments.suffix}.json"
+    replace_files(arguments.results, {name: report_json(result)})
+
+
+if __name__ == "__main__":
+    main()
