@@ -190,51 +190,59 @@ class Measurement:
         return len(self.decoder) * (1 + tuning.epochs) + ends * tuning.e2e_epochs
 
 
+class Results:
+    """The result file, written anew with every row: an interrupted run keeps what it measured."""
+
+    def __init__(self, arguments: argparse.Namespace, bench: Workbench):
+        self.arguments, self.bench = arguments, bench
+        self.rows: list[list] = []
+        self.runs: list[dict] = []
+
+    def add(self, row: dict) -> None:
+        measured = (row["ppl"], 2), (row["kl"], 4), (100 * row["top1"], 1), (row["seconds"], 1)
+        named = [row["setting"].upper(), row["prefix"], row["phase"]]
+        self.rows.append(named + [round(value, digits) for value, digits in measured])
+        self.runs.append(row)
+        sys.stdout.write("  ".join(str(cell) for cell in self.rows[-1]) + "\n")
+        sys.stdout.flush()
+        self._write()
+
+    def _write(self) -> None:
+        arguments, bench = self.arguments, self.bench
+        result = {
+            "table": "finetune",
+            "title": f"{arguments.name}, text {bench.protocol.text}, {len(bench.windows)} windows "
+            f"of {bench.windows.shape[1]} tokens, trained on {arguments.train_samples} x "
+            f"{arguments.train_seqlen}",
+            "columns": ["setting", "prefix", "phase", "PPL", "KL", "top-1 %", "seconds"],
+            "rows": self.rows,
+            "note": "KL divergence and top-1 agreement are against the float model behind the "
+            "verified prefix; seconds are those of calibration and training, from the start.",
+            "protocol": {**vars(bench.protocol), "windows": len(bench.windows)},
+            "runs": self.runs,
+            "environment": environment(),
+            "commit": commit(),
+        }
+        arguments.results.mkdir(parents=True, exist_ok=True)
+        name = f"{arguments.name}-{arguments.suffix}.json"
+        replace_files(arguments.results, {name: report_json(result)})
+
+
 def main() -> None:
     arguments = parse_arguments()
     bench = Workbench(arguments)
     progress = progress_module.for_stream()
-    columns = ["setting", "prefix", "phase", "PPL", "KL", "top-1 %", "seconds"]
-    runs, rows = [], []
-
-    def add(row: dict) -> None:
-        measured = (row["ppl"], 2), (row["kl"], 4), (100 * row["top1"], 1), (row["seconds"], 1)
-        named = [row["setting"].upper(), row["prefix"], row["phase"]]
-        rows.append(named + [round(value, digits) for value, digits in measured])
-        runs.append(row)
-        sys.stdout.write("  ".join(str(cell) for cell in rows[-1]) + "\n")
-        sys.stdout.flush()
-
-    for run in arguments.settings:
-        measurement = Measurement(bench, run, arguments)
-        title = f"{run.scheme}, {run.prefix} prefix"
+    results = Results(arguments, bench)
+    measurements = [Measurement(bench, run, arguments) for run in arguments.settings]
+    for prefix in dict.fromkeys([bench.search.prefix, *(m.ids for m in measurements)]):
+        measured = bench.measure(bench.float_model(prefix))
+        row = {"setting": "float", "prefix": bench.text_of(prefix), "phase": ""}
+        results.add(row | measured | {"seconds": 0.0})
+    for measurement in measurements:
+        title = f"{measurement.run.scheme}, {measurement.run.prefix} prefix"
         with progress.stage(title, total=measurement.steps) as advance:
             for row in measurement.rows(advance):
-                add(row | {"recipe": dataclasses.asdict(measurement.recipe)})
-    ids = {m: Measurement(bench, m, arguments).ids for m in arguments.settings}
-    for prefix in dict.fromkeys([bench.search.prefix, *ids.values()]):
-        measured = bench.measure(bench.float_model(prefix))
-        add(
-            {"setting": "float", "prefix": bench.text_of(prefix), "phase": "", **measured}
-            | {"seconds": 0.0}
-        )
-    result = {
-        "table": "finetune",
-        "title": f"{arguments.name}, text {bench.protocol.text}, {len(bench.windows)} windows of "
-        f"{bench.windows.shape[1]} tokens, trained on {arguments.train_samples} x "
-        f"{arguments.train_seqlen}",
-        "columns": columns,
-        "rows": rows,
-        "note": "KL divergence and top-1 agreement are against the float model behind the verified "
-        "prefix; seconds are those of calibration and training, from the start.",
-        "protocol": {**vars(bench.protocol), "windows": len(bench.windows)},
-        "runs": runs,
-        "environment": environment(),
-        "commit": commit(),
-    }
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    name = f"{arguments.name}-{arguments.suffix}.json"
-    replace_files(arguments.results, {name: report_json(result)})
+                results.add(row | {"recipe": dataclasses.asdict(measurement.recipe)})
 
 
 if __name__ == "__main__":

@@ -242,11 +242,11 @@ class FinetuneConfig:
     batch: int = 4
     validation_samples: int = 8  # of ``samples``, held out
     patience: int = 4  # epochs without gain on them before a training stops
-    weight_rate: float = 5e-4
-    scale_rate: float = 1e-3
+    weight_rate: float = 1e-3
+    scale_rate: float = 2e-3
     e2e_weights: bool = True  # train the weights end to end too; False: scales alone (E2E-QP)
-    e2e_weight_rate: float = 5e-4
-    e2e_scale_rate: float = 1e-3
+    e2e_weight_rate: float = 1e-4
+    e2e_scale_rate: float = 5e-4
     e2e_norms: bool = False
     e2e_prefix: bool = False
     checkpointing: bool = False  # end to end: compute activations twice, keep one block's
