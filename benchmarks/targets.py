@@ -20,7 +20,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Target:
-    """One promise: ``measured`` must be at least ``wanted``; None was not measured.
+    """One promise: ``measured`` must be at least ``wanted`` (or ``at_most`` that); None was not
+    measured.
 
     A target that does not decide is printed for information: a part of a mean, say.
     """
@@ -30,10 +31,13 @@ class Target:
     measured: float | None
     unit: str = "x"
     decides: bool = True
+    at_most: bool = False
 
     @property
     def met(self) -> bool:
-        return self.measured is not None and self.measured >= self.wanted
+        if self.measured is None:
+            return False
+        return self.measured <= self.wanted if self.at_most else self.measured >= self.wanted
 
 
 def load(folder: Path, name: str) -> list[tuple[str, dict]]:
@@ -147,7 +151,57 @@ def solvers(folder: Path) -> Iterator[Target]:
         yield Target(f"{tag}: of quantease's loss, regained by 1 % outliers", 50.0, regained, "%")
 
 
+_FINE_TUNED = {"W4A4KV4": (19.5, 18.0, 22.17), "W4A8KV4": (15.4, 15.0, 16.52)}
+
+
+def fine_tuning(folder: Path) -> Iterator[Target]:
+    """Perplexity at the end of all phases of run_finetune.py, on SmolLM2-135M-Instruct."""
+    last: dict[str, float] = {}
+    for _, result in load(folder, "smollm2-135m-instruct-finetune-*"):
+        for setting, _, _, ppl, *_ in result["rows"]:
+            last[setting] = ppl
+    for setting, (bar, aim, official) in _FINE_TUNED.items():
+        tag = f"{setting} static, prefix, fine-tuned: perplexity"
+        measured = last.get(setting)
+        yield Target(f"{tag} (official code: {official})", bar, measured, "", at_most=True)
+        yield Target(f"{tag}, aim", aim, measured, "", decides=False, at_most=True)
+
+
+_CALIBRATED = {"W4A4KV4": (30.0, 36.1), "W4A8KV4": (19.0, 20.58)}
+
+
+def calibrated(folder: Path) -> Iterator[Target]:
+    """Perplexity without fine-tuning, the best of the prefixes, of run_protocol.py."""
+    rows = [row for _, r in load(folder, "smollm2-135m-instruct") for row in r["rows"]]
+    for setting, (bar, official) in _CALIBRATED.items():
+        found = [
+            row[2]
+            for row in rows
+            if row[0].startswith(f"{setting} static") and "no prefix" not in row[0]
+        ]
+        tag = f"{setting} static, prefix, not fine-tuned: perplexity (official code: {official})"
+        yield Target(tag, bar, min(found, default=None), "", at_most=True)
+
+
+def static_over_dynamic(folder: Path) -> Iterator[Target]:
+    """The best perplexity of dynamic scales over that of static ones behind the prefix."""
+    ppl: dict[str, list[float]] = {}
+    for _, result in load(folder, "smollm2-135m-instruct-dynamic"):
+        for row in (dict(zip(result["columns"], r, strict=True)) for r in result["rows"]):
+            ppl.setdefault(row["setting"], []).append(row["ppl"])
+    best = {setting: min(found) for setting, found in ppl.items()}
+    static = best.get("W4A4KV4 static, verified prefix")
+    for name, decides in (("no prefix", True), ("verified prefix", False)):
+        dynamic = best.get(f"W4A4KV4 dynamic, {name}")
+        ratio = dynamic / static if dynamic and static else None
+        what = f"W4A4KV4: perplexity of dynamic, {name}, over static, verified prefix"
+        yield Target(what, 1.0, ratio, decides=decides)
+
+
 def accuracy(folder: Path) -> Iterator[Target]:
+    yield from calibrated(folder)
+    yield from fine_tuning(folder)
+    yield from static_over_dynamic(folder)
     yield from solvers(folder)
 
 
@@ -167,7 +221,8 @@ def main() -> int:
     for t in targets:
         measured = "not measured" if t.measured is None else f"{t.measured:.2f}{t.unit}"
         verdict = "met" if t.met else "SHORT" if t.decides else "below (information)"
-        print(f"{t.what:<{width}}  wanted {t.wanted:.2f}{t.unit}  measured {measured}  {verdict}")
+        wanted = f"{'<= ' if t.at_most else ''}{t.wanted:.2f}{t.unit}"
+        print(f"{t.what:<{width}}  wanted {wanted}  measured {measured}  {verdict}")
     deciding = [t for t in targets if t.decides]
     short = sum(not t.met for t in deciding)
     print(f"{len(deciding) - short} of {len(deciding)} met")

@@ -43,10 +43,10 @@ def _measured(bench: Workbench, setting: Setting, patch=None, **columns) -> Row:
 def without_search():
     """Min-max scales in place of every search."""
 
-    def head_scales(x, metric, bits):
+    def head_scales(x, metric, bits, mode):
         return quantizer.minmax_scale(x.abs().amax(dim=(0, 2, 3)), bits)
 
-    def activation_scale(x, weights, bits):
+    def activation_scale(x, weights, bits, mode):
         return quantizer.minmax_scale(x.abs().max(), bits)
 
     def solve(self, weights, bits, hessian):
@@ -93,6 +93,17 @@ def schemes(bench: Workbench) -> Iterator[Row]:
             for strength in (0.0, COMPENSATION):
                 label = f"{scheme.upper()}, {name}"
                 setting = Setting(label, scheme, prefix=prefix, compensation=strength)
+                yield _measured(bench, setting, compensation=strength)
+
+
+def dynamic(bench: Workbench) -> Iterator[Row]:
+    """Static scales against scales made for every token (activations; K and V by head)."""
+    for mode, scheme in (("static", "w4a4kv4"), ("dynamic", "w4a4dkv4d")):
+        for name, prefix in (("no prefix", ()), ("verified prefix", None)):
+            for strength in (0.0, COMPENSATION):
+                setting = Setting(
+                    f"W4A4KV4 {mode}, {name}", scheme, prefix=prefix, compensation=strength
+                )
                 yield _measured(bench, setting, compensation=strength)
 
 
@@ -197,6 +208,7 @@ def calibration_text(bench: Workbench) -> Iterator[Row]:
 EXPERIMENTS: dict[str, Experiment] = {
     "components": components,
     "schemes": schemes,
+    "dynamic": dynamic,
     "solvers": solvers,
     "compensation": compensation,
     "calibration-text": calibration_text,

@@ -30,8 +30,8 @@ from prefixquant.roles import BlockWeights, model_geometry
 from prefixquant.rotate import plan_rotations
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from accuracy.workbench import Simulated, Workbench, add_arguments
 from provenance import ROOT, commit
-from workbench import Simulated, Workbench, add_arguments
 
 PHASES = ("calibrated", "block-ap", "e2e-scales", "e2e")
 # scheme:prefix:epochs of Block-AP:epochs end to end
