@@ -2,8 +2,8 @@
 """Time and memory of every step of quantization for one block of a large model.
 
 Random weights and tokens: nothing here depends on their values. A block's times the number of
-blocks is the estimate for the model, without its embedding and head; with fine-tuning as in the paper, 512 samples of 1024 tokens,
-20 epochs. One block is on the device at a time, the samples' activations where they fit.
+blocks is the estimate for the model, without its embedding and head; with fine-tuning as in the
+paper, 512 samples of 1024 tokens, 20 epochs. One block is on the device at a time.
 
     python benchmarks/accuracy/bench_finetune.py --shapes llama-3-8b llama-3-70b --device cuda
 """
