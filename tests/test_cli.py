@@ -434,6 +434,7 @@ def test_fine_tuning(model_folder, tmp_path):
     result = run("quantize", model_folder, "-o", tmp_path / "out", *SMALL, *options, "--json")
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
+    assert "Fine-tuned: 1 epochs a block" in (tmp_path / "out" / "README.md").read_text()
     assert report["recipe"]["finetune"]["epochs"] == 1
     assert all(len(b["fine_tuning"]["training_loss"]) == 1 for b in report["blocks"])
     assert len(report["end_to_end"]["validation_loss"]) == 2

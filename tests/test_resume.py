@@ -9,6 +9,7 @@ import torch
 from prefixquant import block_pipeline
 from prefixquant.config import FinetuneConfig, RecipeConfig, Scheme
 from prefixquant.errors import UserError
+from prefixquant.finetune import EndToEnd
 from prefixquant.quantize import quantize
 from prefixquant.resume import BlockState, run_fingerprint, state_folder
 from prefixquant.workflow import block_state
@@ -80,6 +81,26 @@ def test_a_run_killed_at_any_block_ends_at_the_same_bits(
     assert made == list(range(killed_at, 3))
     assert same_tensors(resumed.tensors, undisturbed)
     assert [b["block"] for b in resumed.report["blocks"]] == [0, 1, 2]
+
+
+def test_a_run_killed_while_it_trains_end_to_end_ends_at_the_same_bits(
+    model, text, tmp_path, monkeypatch
+):
+    undisturbed = run(model, text, END_TO_END).tensors
+    fingerprint = run_fingerprint(model, END_TO_END, text)
+    validate, calls = EndToEnd._validate, []
+
+    def killed(self):
+        calls.append(1)
+        if len(calls) == 3:  # after the first epoch
+            raise Killed
+        return validate(self)
+
+    monkeypatch.setattr(EndToEnd, "_validate", killed)
+    with pytest.raises(Killed):
+        run(model, text, END_TO_END, BlockState(tmp_path / "s", fingerprint, resume=False))
+    resumed = run(model, text, END_TO_END, BlockState(tmp_path / "s", fingerprint, resume=True))
+    assert same_tensors(resumed.tensors, undisturbed)
 
 
 def test_no_epochs_are_no_fine_tuning_bit_for_bit(model, text):

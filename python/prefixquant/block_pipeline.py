@@ -119,7 +119,7 @@ class BlockPipeline:
             self.tuner.advance_quantized(block, self.prefix[index])
         block.targets = {}
         if self.end_to_end_epochs:
-            self._starts.append((block, saved.latents))
+            self._starts.append((_without_floats(block), saved.latents))
         return FinishedBlock(block, self.prefix[index], saved.report)
 
     def _make(
@@ -200,6 +200,11 @@ class BlockPipeline:
 
     def _head(self) -> Tensor:
         return self.decoder.head_weight().to(self.decoder.device, torch.float32)
+
+
+def _without_floats(block: CalibratedBlock) -> CalibratedBlock:
+    """The block without its dequantized weights: all blocks of a model wait side by side."""
+    return dataclasses.replace(block, simulated=dataclasses.replace(block.simulated, weights={}))
 
 
 def _relative_error(streams: Streams) -> float:

@@ -225,9 +225,11 @@ def describe_checkpoint(report: Mapping[str, Any]) -> str:
 def describe_quantize(report: Mapping[str, Any], output: Path) -> str:
     from prefixquant.progress import format_seconds
 
+    tuning = describe_tuning(report)
     lines = [
         describe_search(report["prefix"]),
         f"prefix: {describe_prefix(report['quantization'])}",
+        *([f"fine-tuning: {tuning}"] if tuning else []),
         f"time: {format_seconds(report['seconds'])}, peak memory: "
         + ", ".join(f"{format_bytes(v)} {k}" for k, v in report["peak_memory_bytes"].items()),
     ]
@@ -235,6 +237,29 @@ def describe_quantize(report: Mapping[str, Any], output: Path) -> str:
         lines.append(describe_evaluation(report))
     lines.append(f"checkpoint: {output}")
     return "\n".join(lines)
+
+
+def describe_tuning(report: Mapping[str, Any]) -> str | None:
+    """What fine-tuning did, in one line; None where there was none."""
+    settings = report.get("recipe", {}).get("finetune") or {}
+    tuned = [b["fine_tuning"] for b in report.get("blocks", ()) if "fine_tuning" in b]
+    end_to_end = report.get("end_to_end")
+    parts = []
+    if tuned:
+        left = [min(t["validation_loss"]) / max(t["validation_loss"][0], 1e-30) for t in tuned]
+        parts.append(
+            f"{settings['epochs']} epochs a block, validation error to "
+            f"{100 * sum(left) / len(left):.0f}% of the calibrated block's (mean)"
+        )
+    if end_to_end:
+        losses = end_to_end["validation_loss"]
+        parts.append(
+            f"{settings['e2e_epochs']} epochs end to end, validation KL {losses[0]:.4f} -> "
+            f"{min(losses):.4f}"
+        )
+    if not parts:
+        return None
+    return "; ".join(parts) + f"; {settings['samples']} x {settings['seqlen']} tokens"
 
 
 def describe_evaluation(report: Mapping[str, Any]) -> str:
@@ -313,6 +338,10 @@ def model_card(
     scales = f"in groups of {group}" if group else "per output channel"
     outliers = quantization.outlier_fraction
     kept = f", {100 * outliers:g} percent of them in 16 bits beside" if outliers else ""
+    by_token = "dynamic per token"
+    activations = by_token if scheme.activation_mode == "dynamic" else "static per tensor"
+    kv = by_token if scheme.kv_mode == "dynamic" else "static"
+    tuning = describe_tuning(report)
     lines = [
         *front,
         "---",
@@ -320,8 +349,9 @@ def model_card(
         f"# {config.get('model_type', 'model')} quantized to {scheme} with prefixquant",
         "",
         f"Weights {scheme.weight_bits} bits {scales}{kept}, activations "
-        f"{scheme.activation_bits} bits static per tensor, KV cache {scheme.kv_bits} bits static.",
+        f"{scheme.activation_bits} bits {activations}, KV cache {scheme.kv_bits} bits {kv}.",
         f"Prefix: {describe_prefix(quantization.to_dict())}. Solver: {quantization.solver}.",
+        *([f"Fine-tuned: {tuning}."] if tuning else []),
         "",
         "```python",
         "import prefixquant",
