@@ -329,9 +329,9 @@ def main() -> None:
         "rows": rows,
         "environment": environment(),
         "protocol": (
-            "replay of CUDA graphs of 1 ms, median of 9, weights rotated out of L2 (4 x its size), Gaussian "
-            "operands, back-to-back launches (ours with programmatic dependent launch); us cells "
-            "are [median, 10th, 90th percentile]; checked bit for bit before timing"
+            "replay of CUDA graphs of 1 ms, median of 9, weights rotated out of L2 (4 x its size), "
+            "Gaussian operands, back-to-back launches (ours with programmatic dependent launch); "
+            "us cells are [median, 10th, 90th percentile]; checked bit for bit before timing"
         ),
         "read_bytes_per_second": read,
         "speedup_over_fp16": {n: {str(m): v for m, v in s.items()} for n, s in lines.items()},

@@ -103,16 +103,16 @@ def test_measured_stream_choices():
 
     assert ring_of(1, 4096, 14336) == (16, 4, 16)
     assert ring_of(1, 28672, 4096) == (24, 1, 0)
-    assert ring_of(1, 57344, 8192) == (8, 2, 8)
+    assert ring_of(1, 57344, 8192)[0] == 0  # the register ring is as good
     assert ring_of(2, 4096, 14336) == (16, 2, 16)
-    assert ring_of(2, 57344, 8192)[0] == 0
+    assert ring_of(4, 28672, 4096)[0] == 0
     assert ring_of(1, 4096, 4096, weight_bits=8) == (8, 4, 8)
     assert ring_of(9, 4096, 14336)[0] == 0  # too many tokens
     # Unmeasured shapes go by the estimate: enough CTAs to fill the SMs.
     for n, k in ((1024, 8192), (2048, 8192), (5120, 5120), (13824, 5120), (152064, 3584)):
         stages, splits, _ = ring_of(1, n, k)
         assert stages > 0
-        assert n // 64 * splits >= 0.6 * 132 or splits == 8
+        assert n // 64 * splits >= 0.7 * 132 or splits == 8
 
 
 def test_unknown_family_is_refused():

@@ -186,18 +186,14 @@ def test_streaming_gemv_launches_that_follow_each_other(bits: int, release: int,
     # A launch prefetches weights while the one before it still runs and writes its activations.
     problem = make_problem(8, n, k, bits)
     other = make_problem(8, k, n, bits)
-    m = problem.x.shape[0]
-    scale = torch.tensor(float(k) * 4.0, device="cuda")
-    config = [STREAM, 64, 8, 4, 2, 0, 2, 0, release]
-    options = {"bits": (bits, 8), "config": config}
+    stream = {"bits": (bits, 8), "config": [STREAM, 64, 8, 4, 2, 0, 2, 0, release]}
+    mma = {"bits": (bits, 8), "config": [MMA, 64, 8, 8 if bits == 4 else 4, 1, 0, 1, 0, 0]}
+    scale = launch_gemm(*problem.operands(), **mma).float().abs().median() / 40
+    expected = launch_gemm(*problem.operands(), output_scale=scale, **mma)
+    assert len(expected.unique()) > 50  # every level moves the second product
     for _ in range(20):
-        q = launch_gemm(*problem.operands(), output_scale=scale, **options)
-        y = launch_gemm(q, *other.operands()[1:], out_dtype=torch.int32, **options)
-    expected = launch_gemm(
-        *problem.operands(), output_scale=scale, bits=(bits, 8),
-        config=[MMA, 64, 8, 8 if bits == 4 else 4, 1, 0, 1, 0, 0],
-    )  # fmt: skip
-    assert q.shape == (m, n)
+        q = launch_gemm(*problem.operands(), output_scale=scale, **stream)
+        y = launch_gemm(q, *other.operands()[1:], out_dtype=torch.int32, **stream)
     assert_bits_equal(q, expected, "first launch")
     assert_bits_equal(y, reference.gemm_sums(q, other.weight), "second launch")
 

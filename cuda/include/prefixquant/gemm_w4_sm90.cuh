@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     tma_prefetch_descriptor(&x_map);
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       mbarrier_init(smem.full(stage), 2);  // both producers, plus the bytes they announce
-      mbarrier_init(smem.empty(stage), Traits::kCluster * Traits::kConsumers * 4);  // every warp
+      mbarrier_init(smem.empty(stage), Traits::kStageReaders);
     }
     fence_mbarrier_init();
   }
