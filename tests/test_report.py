@@ -111,7 +111,8 @@ def test_page_is_self_contained_and_escaped():
     # Token maxima, ratios, outlier tokens; error, activation scales, scales of heads.
     assert page.count("<svg") == 6
     assert "<b>3000</b> medians" in page
-    assert "<b>17.2</b> with prefix &#x27;&lt;s&gt;&#x27;" in page
+    assert "With prefix &#x27;&lt;s&gt;&#x27; no token after position 0" in page
+    assert "<b>17.2</b>" in page
     assert "block 1, one window" in page
     assert re.search(r"<td class=.n.>2450.5</td>", page)  # the control table
     assert "eta = 64" in page

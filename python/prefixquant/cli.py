@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``prefixquant quantize | eval | generate | serve | scan | inspect | doctor``.
+"""The command line: ``prefixquant quantize | eval | generate | serve | export | ...``.
 
 Results go to stdout, progress and errors to stderr. What the user can mend is one line and exit
 code 2; anything else keeps its traceback. torch and transformers are imported by the commands, not
@@ -427,6 +427,37 @@ def inspect(
         as_json,
         describe_checkpoint,
     )
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A prefixquant checkpoint.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
+    form: Annotated[
+        str, typer.Option("--format", help="The format; compressed-tensors is the only one.")
+    ] = "compressed-tensors",
+    down_proj: Annotated[
+        str, typer.Option(help="int4: rounded again in groups of 128; 16bit: exact.")
+    ] = "int4",
+    as_json: AsJson = False,
+) -> None:
+    """Write a weight-only (W4A16) view for stock transformers and vLLM."""
+    from prefixquant.export import export_compressed_tensors
+    from prefixquant.report import format_bytes
+
+    if form != "compressed-tensors":
+        raise UserError(f"--format: expected compressed-tensors, got {form!r}")
+    report = export_compressed_tensors(
+        checkpoint, output, down_proj=down_proj, progress=_progress()
+    )
+
+    def describe(result: dict[str, Any]) -> str:
+        errors = result["down_proj_relative_error"]
+        mean = f", relative error {sum(errors) / len(errors):.2g}" if errors else ""
+        size = format_bytes(result["bytes"])
+        return f"{result['output']}: {size}, down_proj {result['down_proj']}{mean}"
+
+    _result(report, as_json, describe)
 
 
 @app.command()

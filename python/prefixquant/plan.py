@@ -112,11 +112,12 @@ def estimate(
     block_seconds = fixed + per_token * searched
     scan_seconds = _scan_seconds(block, shape, recipe, device)
     # All samples go through a point at once: the widest moment holds gate, up, their product, its
-    # rotation and its quantized form beside the streams.
+    # rotation and its quantized form beside the streams. The scan holds the head in float32 and the
+    # logits of a window three times.
     activations = 4 * searched * (6 * geometry.hidden + 5 * geometry.intermediate)
-    logits = 3 * 4 * recipe.seqlen * geometry.vocab
+    logits = 4 * geometry.vocab * (3 * recipe.seqlen + geometry.hidden)
     peak = peak_memory_bytes()
-    held = storage["float16"] + max(activations, logits)
+    held = storage["float16"] + activations + logits
     memory = {"host": peak.get("host", 0) + storage["total"]}
     if device.type == "cuda":
         memory["cuda"] = peak.get("cuda", 0) + held

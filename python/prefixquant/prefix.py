@@ -45,6 +45,7 @@ class Tally:
     outliers: list[int] = field(default_factory=list)  # per block, position 0 included
     tokens: Counter = field(default_factory=Counter)  # token -> count, position 0 apart
     at_position_0: int = 0
+    inner_ratio: list[float] = field(default_factory=list)  # max_ratio, position 0 apart
     largest: list[float] = field(default_factory=list)  # per block, the largest M_t of all samples
     median: list[float] = field(default_factory=list)  # per block, the largest median of a sample
     smallest: list[float] = field(default_factory=list)  # per block, the smallest M_t
@@ -52,6 +53,7 @@ class Tally:
 
     def add_block(self) -> None:
         self.max_ratio.append(0.0)
+        self.inner_ratio.append(0.0)
         self.largest.append(0.0)
         self.median.append(0.0)
         self.smallest.append(math.inf)
@@ -61,8 +63,10 @@ class Tally:
     def add_sample(self, x: Tensor, ids: Tensor, eta: float) -> None:
         """x [T, C] of the newest block, ids [T]. The median is taken within the sample."""
         row_max, median, is_outlier = outlier_scan(x, eta)
-        ratio = (row_max.max() / median.clamp_min(1e-30)).item()
-        self.max_ratio[-1] = max(self.max_ratio[-1], ratio)
+        ratios = row_max / median.clamp_min(1e-30)
+        self.max_ratio[-1] = max(self.max_ratio[-1], ratios.max().item())
+        if len(ratios) > 1:
+            self.inner_ratio[-1] = max(self.inner_ratio[-1], ratios[1:].max().item())
         self.largest[-1] = max(self.largest[-1], row_max.max().item())
         self.median[-1] = max(self.median[-1], median.item())
         self.smallest[-1] = min(self.smallest[-1], row_max.min().item())
@@ -78,6 +82,7 @@ class Tally:
     def to_dict(self, tokenizer) -> dict[str, Any]:
         return {
             "max_ratio": self.max_ratio,
+            "inner_ratio": self.inner_ratio,
             "largest": self.largest,
             "median": self.median,
             "smallest": self.smallest,

@@ -194,7 +194,7 @@ def describe_plan(plan: Mapping[str, Any]) -> str:
     estimate = plan["estimate"]
     rows.append([f"time on {estimate['device']}, about", format_seconds(estimate["seconds"])])
     rows += [
-        [f"peak {where} memory, about", format_bytes(count)]
+        [f"peak {where} memory, at least", format_bytes(count)]
         for where, count in estimate["peak_memory_bytes"].items()
     ]
     return table(rows) + "\ndry run: nothing was written"

@@ -11,6 +11,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 40
 # Told apart by every kind of colour vision (Okabe and Ito), and on white as on black.
 _COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#888888")
 
+_ROUND_STEPS = tuple(digit * 10**e for e in range(9) for digit in (1, 2, 5))  # between ticks
+
 
 def line_chart(
     series: Mapping[str, Sequence[float | None]],
@@ -59,7 +61,8 @@ def line_chart(
             f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
         )
-    for i in range(0, length, max(1, math.ceil(length / 12))):
+    step = next(s for s in _ROUND_STEPS if length / s <= 13)
+    for i in range(0, length, step):
         parts.append(
             f'<text x="{x_of(i):.1f}" y="{_HEIGHT - _BOTTOM + 15}" text-anchor="middle">{i}</text>'
         )

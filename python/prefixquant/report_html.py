@@ -2,6 +2,7 @@
 """report.html: the report as one self-contained page, with inline SVG and nothing loaded."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from prefixquant.progress import format_seconds
@@ -13,6 +14,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 780px; margin: 2em auto; padding: 0 1em; }
 h2 { margin-top: 2em; }
 table { border-collapse: collapse; }
+h1 { font-size: 1.6em; overflow-wrap: anywhere; }
 td, th { padding: .15em .9em .15em 0; text-align: left; vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 svg { width: 100%; height: auto; font: 11px system-ui, sans-serif; }
@@ -109,8 +111,8 @@ def _summary(report: Mapping[str, Any]) -> str:
 
 # Of a step of the search: what the charts and the table of the prefix show.
 _DRAWN = (
-    "max_ratio", "largest", "median", "smallest", "outliers", "before_r4", "prefix", "text",
-    "outlier_tokens", "float_perplexity",
+    "max_ratio", "inner_ratio", "largest", "median", "smallest", "outliers", "before_r4", "prefix",
+    "text", "outlier_tokens", "float_perplexity",
 )  # fmt: skip
 
 
@@ -119,16 +121,18 @@ def _prefix_section(prefix: Mapping[str, Any], eta: float) -> str:
     steps = prefix["steps"]
     names = [f"prefix {prefix_name(step['text'])}" for step in steps]
     chosen = _chosen_step(prefix)
-    content = [_headline(steps, chosen), _profile_chart(prefix, names, chosen)]
-    both = [
-        (name, step, step.get("before_r4", {})) for name, step in zip(names, steps, strict=True)
-    ]
-    ratios = {
-        **{f"{name}, before R4": before.get("max_ratio", []) for name, _, before in both},
-        **{f"{name}, after R4": step["max_ratio"] for name, step, _ in both},
-    }
+    shown = list(dict.fromkeys((0, chosen)))  # the charts; the table has every step
+    content = [_headline(steps, chosen), _profile_chart(prefix, names, shown)]
+    ratios = {}
+    for step in shown:
+        part = _before_r4(steps[step])
+        ratios[f"{names[step]}, before R4"] = part["max_ratio"]
+        ratios[f"{names[step]}, before R4, position 0 apart"] = part.get("inner_ratio", [])
+        ratios[f"{names[step]}, after R4"] = steps[step]["max_ratio"]
     content.append(
-        "<h3>Largest token over the median token, block by block</h3>"
+        "<h3>Largest token over the median token, block by block, all windows</h3>"
+        "<p>The token at position 0 of a window is torn out of its text; without prefix it is the "
+        "outlier of every window, with one it is an outlier now and then.</p>"
         + line_chart(
             {name: curve for name, curve in ratios.items() if curve},
             x_label="block",
@@ -137,7 +141,7 @@ def _prefix_section(prefix: Mapping[str, Any], eta: float) -> str:
             mark=(f"eta = {eta:g}", eta),
         )
     )
-    content += [_extremes_chart(names, steps, chosen), _outliers_chart(names, steps)]
+    content += [_extremes_chart(names, steps, shown), _outliers_chart(names, steps, shown)]
     content.append("<h3>What each prefix leaves, and what it does to the float model</h3>")
     content.append(_control_table(steps))
     rest = [{k: v for k, v in step.items() if k not in _DRAWN} for step in steps]
@@ -145,6 +149,11 @@ def _prefix_section(prefix: Mapping[str, Any], eta: float) -> str:
         content.append(_details("Most frequent outlier tokens", _generic(rest)))
     about = {k: v for k, v in prefix.items() if k not in ("steps", "profiles")}
     return _section("Prefix", *content, _generic(about))
+
+
+def _before_r4(step: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The maxima where the papers take them; those after R4 where the report has no others."""
+    return step.get("before_r4") or step
 
 
 def _chosen_step(prefix: Mapping[str, Any]) -> int:
@@ -156,41 +165,46 @@ def _chosen_step(prefix: Mapping[str, Any]) -> int:
 
 def _headline(steps: Sequence[Mapping[str, Any]], chosen: int) -> str:
     """One sentence: where the worst block is, and what becomes of it."""
-    before, after = (steps[i].get("before_r4", steps[i])["max_ratio"] for i in (0, chosen))
-    known = [i for i, ratio in enumerate(before) if ratio is not None]
+    before, after = _before_r4(steps[0]), _before_r4(steps[chosen])
+    known = [i for i, ratio in enumerate(before["max_ratio"]) if ratio is not None]
+    inner = after.get("inner_ratio") or after["max_ratio"]
     if not known or chosen == 0:
         return ""
-    block = max(known, key=before.__getitem__)
-    if after[block] is None:
+    block = max(known, key=before["max_ratio"].__getitem__)
+    if inner[block] is None:
         return ""
     return (
         f"<p>Input of down_proj. In block {block} the largest token stands at "
-        f"<b>{before[block]:.0f}</b> medians with prefix {escape(prefix_name(steps[0]['text']))}, "
-        f"and at <b>{after[block]:.1f}</b> with prefix "
-        f"{escape(prefix_name(steps[chosen]['text']))}.</p>"
+        f"<b>{before['max_ratio'][block]:.0f}</b> medians with prefix "
+        f"{escape(prefix_name(steps[0]['text']))}. With prefix "
+        f"{escape(prefix_name(steps[chosen]['text']))} no token after position 0 stands above "
+        f"<b>{inner[block]:.1f}</b>.</p>"
     )
 
 
-def _profile_chart(prefix: Mapping[str, Any], names: Sequence[str], chosen: int) -> str:
+def _profile_chart(prefix: Mapping[str, Any], names: Sequence[str], shown: Sequence[int]) -> str:
     profiles = prefix.get("profiles")
     if not profiles:
         return ""
-    shown = {}
-    for step in dict.fromkeys((0, chosen)):
-        for key, where in (("before_r4", "before R4"), ("quantized", "after R4")):
-            shown[f"{names[step]}, {where}"] = profiles["steps"][step][key]
+    curves = {
+        f"{names[step]}, {where}": profiles["steps"][step][key]
+        for step in shown
+        for key, where in (("before_r4", "before R4"), ("quantized", "after R4"))
+    }
     return (
         f"<h3>Token-wise maxima in block {profiles['block']}, one window of text</h3>"
         + line_chart(
-            shown, x_label="token", y_label="largest |x| of the token", log=True, dots_only=True
+            curves, x_label="token", y_label="largest |x| of the token", log=True, dots_only=True
         )
     )
 
 
-def _extremes_chart(names: Sequence[str], steps: Sequence[Mapping[str, Any]], chosen: int) -> str:
+def _extremes_chart(
+    names: Sequence[str], steps: Sequence[Mapping[str, Any]], shown: Sequence[int]
+) -> str:
     curves = {
         f"{names[step]}, {key}": steps[step][key]
-        for step in dict.fromkeys((0, chosen))
+        for step in shown
         for key in ("largest", "median", "smallest")
         if key in steps[step]
     }
@@ -203,11 +217,16 @@ def _extremes_chart(names: Sequence[str], steps: Sequence[Mapping[str, Any]], ch
     )
 
 
-def _outliers_chart(names: Sequence[str], steps: Sequence[Mapping[str, Any]]) -> str:
+def _outliers_chart(
+    names: Sequence[str], steps: Sequence[Mapping[str, Any]], shown: Sequence[int]
+) -> str:
     curves = {
-        f"{name}, {where}": part["outliers"]
-        for name, step in zip(names, steps, strict=True)
-        for where, part in (("before R4", step.get("before_r4", {})), ("after R4", step))
+        f"{names[step]}, {where}": part["outliers"]
+        for step in shown
+        for where, part in (
+            ("before R4", steps[step].get("before_r4", {})),
+            ("after R4", steps[step]),
+        )
         if "outliers" in part
     }
     if not curves:
@@ -218,20 +237,28 @@ def _outliers_chart(names: Sequence[str], steps: Sequence[Mapping[str, Any]]) ->
 
 
 def _control_table(steps: Sequence[Mapping[str, Any]]) -> str:
-    def largest(part: Mapping[str, Any]) -> float | None:
-        return max((r for r in part.get("max_ratio", []) if r is not None), default=None)
+    def largest(part: Mapping[str, Any], key: str = "max_ratio") -> float | None:
+        return max((r for r in part.get(key, []) if r is not None), default=None)
 
     rows = [
         [
             prefix_name(step["text"]),
             step["outlier_tokens"],
             largest(step.get("before_r4", {})),
+            largest(step.get("before_r4", {}), "inner_ratio"),
             largest(step),
             step["float_perplexity"],
         ]
         for step in steps
     ]
-    header = ["prefix", "outlier tokens", "largest ratio before R4", "after R4", "float perplexity"]
+    header = [
+        "prefix",
+        "outlier tokens",
+        "largest ratio before R4",
+        "position 0 apart",
+        "after R4",
+        "float perplexity",
+    ]
     return _table(rows, header)
 
 
@@ -329,7 +356,10 @@ def render_html(report: Mapping[str, Any]) -> str:
             _generic(report["environment"]),
         )
     )
-    title = f"prefixquant: {escape(report['model'])}, {escape(report['scheme'])}"
+    name = report["model"]
+    if name.startswith((".", "/", "~")) or "\\" in name:  # a path: its last part says enough
+        name = PurePath(name).name
+    title = f"prefixquant: {escape(name)}, {escape(report['scheme'])}"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{title}</h1>{''.join(parts)}</body></html>\n"

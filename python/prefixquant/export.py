@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A weight-only view of a checkpoint in the compressed-tensors format, for stock engines.
+
+The integers are those of the checkpoint, packed as ``pack-quantized`` wants them: int32 words of
+32 / b values, value i at bits b i, unsigned with an offset of 2^(b-1). Activations and K/V are then
+16-bit, so the prefix has nothing to do and is left out, and so is R3, which cancels in q k^T. R1
+and R2 are in the weights. R4 is an operation at run time that stock engines do not have: it is
+taken out of down_proj's weight, which leaves the 4-bit grid by that and is either rounded again, in
+groups of 128 columns, or kept in 16 bits.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixquant import ops
+from prefixquant.checkpoint import (
+    CONFIG_NAME,
+    Checkpoint,
+    _flush_folder,
+    _take_name,
+    _write_shards,
+    _write_text,
+    check_output_folder,
+    read_checkpoint,
+)
+from prefixquant.errors import UserError
+from prefixquant.hadamard import hadamard_signs, split_size
+from prefixquant.loading import load_tokenizer
+from prefixquant.packing import unpack_weight
+from prefixquant.progress import SILENT, Progress
+from prefixquant.quantizer import qrange
+from prefixquant.roles import Roles, model_roles
+from prefixquant.solvers import solve_rtn
+from prefixquant.solvers.weight import QuantizedWeight
+
+DOWN_PROJ = ("int4", "16bit")
+_GROUP = 128  # what engines have kernels for
+
+
+def export_compressed_tensors(
+    path: str | Path,
+    output: str | Path,
+    *,
+    down_proj: str = "int4",
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Writes the view to ``output``, a new folder, whole or not at all.
+
+    Args:
+        path: a prefixquant checkpoint with weights of 4 or 8 bits.
+        down_proj: where R4 has to be taken out of it, ``"int4"`` rounds it again and ``"16bit"``
+            keeps the exact product.
+
+    Returns:
+        ``down_proj_relative_error``: of rounding it again, |W' - W|^2 / |W|^2, block by block
+        (empty where it was not); ``bytes``: of the tensors.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        UserError: it has no such view, or the output may not be used.
+    """
+    if down_proj not in DOWN_PROJ:
+        raise UserError(f"down_proj: expected {' or '.join(DOWN_PROJ)}, got {down_proj!r}")
+    checkpoint = read_checkpoint(path)
+    quantization = checkpoint.quantization
+    if quantization.weight_bits not in (4, 8):
+        raise UserError(f"export: expected weights of 4 or 8 bits, got {quantization.weight_bits}")
+    if quantization.outlier_fraction:
+        raise UserError("export: the format has no place for the outliers of quantease-outlier")
+    output = check_output_folder(output)
+    view = _View(checkpoint, down_proj)
+    roles = model_roles(checkpoint.hf_config())
+    with progress.stage("export", total=checkpoint.sizes.num_layers) as advance:
+        for index in range(checkpoint.sizes.num_layers):
+            view.add_block(index, roles)
+            advance()
+        for name in checkpoint.tensors:
+            if not name.startswith(f"{roles.blocks}."):
+                view.tensors[name] = checkpoint.tensors[name]
+        _write(checkpoint, view, output)
+    return {
+        "output": str(output),
+        "down_proj": down_proj if view.takes_out_r4 else "as it was",
+        "down_proj_relative_error": view.errors,
+        "bytes": sum(t.numel() * t.element_size() for t in view.tensors.values()),
+    }
+
+
+class _View:
+    """Collects the tensors of the view and what its configuration says of them."""
+
+    def __init__(self, checkpoint: Checkpoint, down_proj: str):
+        self.checkpoint = checkpoint
+        self.source = checkpoint.tensors
+        self.quantization = checkpoint.quantization
+        self.dtype = self.source["lm_head.weight"].dtype
+        rotations = self.quantization.rotations
+        self.r4_size = rotations.r4_block_size if rotations.r4 else 1
+        self.takes_out_r4 = self.r4_size > 1
+        self.keeps_down = self.takes_out_r4 and down_proj == "16bit"
+        self.tensors: dict[str, Tensor] = {}
+        self.errors: list[float] = []
+        intermediate = checkpoint.sizes.intermediate_size
+        self.down_group = _GROUP if intermediate % _GROUP == 0 else 0
+
+    def add_block(self, index: int, roles: Roles) -> None:
+        block = f"{roles.blocks}.{index}"
+        for role, path in roles.linears.items():
+            name = f"{block}.{path}"
+            weight = unpack_weight(self.source, name, self.quantization.weight_bits)
+            if role == "down" and self.takes_out_r4:
+                self._add_down(name, weight)
+            else:
+                self._add(name, weight)
+            if f"{name}.bias" in self.source:
+                self.tensors[f"{name}.bias"] = self.source[f"{name}.bias"].to(self.dtype)
+        norms = [roles.input_norm, roles.post_norm]
+        if roles.qk_norm:
+            norms += [f"{roles.attention}.q_norm", f"{roles.attention}.k_norm"]
+        for norm in norms:
+            name = f"{block}.{norm}.weight"
+            self.tensors[name] = self.source[name]
+
+    def _add(self, name: str, weight: QuantizedWeight) -> None:
+        scale = weight.scale if weight.scale.dim() == 2 else weight.scale[:, None]
+        self.tensors[f"{name}.weight_packed"] = pack_int32(weight.q, weight.bits)
+        self.tensors[f"{name}.weight_scale"] = scale.to(self.dtype)
+        self.tensors[f"{name}.weight_shape"] = torch.tensor(weight.q.shape)
+
+    def _add_down(self, name: str, weight: QuantizedWeight) -> None:
+        plain = without_hadamard(weight.dequantize(), self.r4_size)
+        if self.keeps_down:
+            self.tensors[f"{name}.weight"] = plain.to(self.dtype)
+            return
+        again = solve_rtn(plain, weight.bits, group_size=self.down_group)
+        difference = (again.dequantize() - plain).square().sum() / plain.square().sum()
+        self.errors.append(difference.item())
+        self._add(name, again)
+
+    def config(self) -> dict[str, Any]:
+        """The ``quantization_config`` of compressed-tensors."""
+        bits = self.quantization.weight_bits
+        group = self.quantization.group_size
+
+        def scheme(targets: list[str], group_size: int) -> dict[str, Any]:
+            weights = {
+                "num_bits": bits,
+                "type": "int",
+                "symmetric": True,
+                "dynamic": False,
+                "strategy": "group" if group_size else "channel",
+            }
+            if group_size:
+                weights["group_size"] = group_size
+            return {"targets": targets, "weights": weights}
+
+        down = r"re:.*\.down_proj$"
+        groups = {"group_0": scheme(["Linear"], group)}
+        ignore = ["lm_head"]
+        if self.keeps_down:
+            ignore.append(down)
+        elif self.takes_out_r4 and self.down_group != group:
+            others = r"re:.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj)$"
+            groups = {
+                "group_0": scheme([others], group),
+                "group_1": scheme([down], self.down_group),
+            }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": ignore,
+        }
+
+
+def pack_int32(q: Tensor, bits: int) -> Tensor:
+    """int8 [N, K] -> int32 [N, ceil(K / (32 / bits))]: value i at bits ``bits * i`` of its word,
+    unsigned with an offset of 2^(bits-1); the last word is filled up with 0."""
+    per_word = 32 // bits
+    fields = (q.to(torch.int64) - qrange(bits)[0]).float()  # 0 .. 2^bits - 1
+    missing = -q.shape[1] % per_word
+    fields = torch.nn.functional.pad(fields, (0, missing)).long().unflatten(1, (-1, per_word))
+    words = (fields << (bits * torch.arange(per_word))).sum(dim=2)
+    return (words - ((words >> 31) << 32)).to(torch.int32)  # the same 32 bits as a signed number
+
+
+def without_hadamard(weight: Tensor, size: int) -> Tensor:
+    """``W @ H`` on each block of ``size`` columns: undoes `apply_hadamard` (W @ H^T), float32.
+
+    H is H_k (x) H_{2^m}; the second factor is symmetric, the first need not be.
+    """
+    pow2, k = split_size(size)
+    blocks = weight.float().unflatten(1, (-1, k, pow2))
+    if pow2 > 1:
+        blocks = ops.hadamard(blocks.contiguous(), None, pow2)
+    if k > 1:
+        signs = hadamard_signs(k).to(weight.device, torch.float32) / k**0.5
+        blocks = torch.einsum("ngap,ac->ngcp", blocks, signs)
+    return blocks.flatten(1)
+
+
+def _write(checkpoint: Checkpoint, view: _View, output: Path) -> None:
+    config = {k: v for k, v in checkpoint.config.items() if k != "auto_map"}
+    config["quantization_config"] = view.config()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(
+        tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent)
+    )
+    try:
+        _write_shards(partial, view.tensors, 4_000_000_000)
+        _write_text(partial / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if (checkpoint.path / "tokenizer_config.json").exists():
+            load_tokenizer(str(checkpoint.path)).save_pretrained(partial)
+        _write_text(partial / "README.md", _card(checkpoint, view))
+        partial.chmod(0o755)
+        _flush_folder(partial)
+        _take_name(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _card(checkpoint: Checkpoint, view: _View) -> str:
+    bits = checkpoint.quantization.weight_bits
+    if not view.takes_out_r4:
+        down = ""
+    elif view.keeps_down:
+        down = " down_proj is 16-bit."
+    else:
+        down = f" down_proj was rounded again in groups of {view.down_group} columns."
+    return (
+        "---\nlibrary_name: transformers\ntags:\n- compressed-tensors\n---\n\n"
+        f"# A W{bits}A16 view of a prefixquant checkpoint\n\n"
+        f"Weights of {bits} bits in the compressed-tensors format (pack-quantized), made from a "
+        f"{checkpoint.quantization.scheme} checkpoint.{down} Activations and K/V are 16-bit: the "
+        "prefix, the static scales and the 4-bit cache of the original need prefixquant. The "
+        "tokenizer adds no BOS; where the model wants one, put it in front.\n"
+    )
