@@ -21,3 +21,7 @@ class CheckpointError(UserError):
 
 class UnsupportedModelError(UserError):
     """A model whose architecture or sizes this package cannot quantize."""
+
+
+class OutOfMemoryError(UserError):
+    """A device has too little memory for what was asked."""
