@@ -317,9 +317,10 @@ def test_a_stream_that_is_left_early(folder):
     assert runtime.generate(prompts(), NEW) == expected
 
 
-def test_sixteen_bit_activations_are_refused(tmp_path):
-    save(tmp_path / "q", tiny_family("llama"), "w4a16kv4")
-    with pytest.raises(UnsupportedModelError, match="prefixquant.load"):
+@pytest.mark.parametrize("scheme", ["w4a16kv4", "w4a8dkv4", "w4a8kv8d"])
+def test_what_has_no_static_scales_is_refused(tmp_path, scheme):
+    save(tmp_path / "q", tiny_family("llama"), scheme)
+    with pytest.raises(UnsupportedModelError, match="prefixquant\\.load"):
         Runtime.from_checkpoint(tmp_path / "q")
 
 

@@ -9,10 +9,16 @@ from prefixquant.integrations.registration import register_with_transformers
 if TYPE_CHECKING:
     from prefixquant.loading import load_tokenizer
     from prefixquant.modeling import load
+    from prefixquant.runtime import Runtime, Sampling
 
-__all__ = ["__version__", "load", "load_tokenizer"]
+__all__ = ["Runtime", "Sampling", "__version__", "load", "load_tokenizer"]
 
-_HOMES = {"load": "modeling", "load_tokenizer": "loading"}
+_HOMES = {
+    "Runtime": "runtime",
+    "Sampling": "runtime",
+    "load": "modeling",
+    "load_tokenizer": "loading",
+}
 
 
 def __getattr__(name: str):

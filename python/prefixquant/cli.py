@@ -288,7 +288,7 @@ def evaluate(  # noqa: PLR0913 - the arguments are the options
 
 
 @app.command()
-def generate(
+def generate(  # noqa: PLR0913 - the arguments are the options
     target: CheckpointOrModel,
     prompt: Annotated[str, typer.Argument(help="The text to continue, or - to read stdin.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.", min=1)] = 128,
@@ -298,58 +298,52 @@ def generate(
     temperature: Annotated[
         float, typer.Option(help="0 takes the likeliest token each time.", min=0)
     ] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Of the k likeliest tokens; 0: of all.", min=0)] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Of the fewest likeliest tokens with this probability.")
+    ] = 1.0,
+    head_bits: Annotated[
+        int, typer.Option(help="Bits of a checkpoint's lm_head: 16, or 8 for less memory traffic.")
+    ] = 16,
     seed: Seed = 0,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt."""
-    import torch
-
-    from prefixquant.workflow import load_any
+    from prefixquant.continuation import load_continuation
+    from prefixquant.runtime.sampling import Sampling
 
     if prompt == "-":
         prompt = sys.stdin.read()
     if not prompt:
         raise UserError("prompt: expected some text")
+    sampling = Sampling(temperature, top_k, top_p, seed)
     where = _device(device)
     with _progress().stage("load the model"):
-        model, tokenizer = load_any(target, where)
+        continue_prompt, tokenizer = load_continuation(target, where, head_bits)
     if chat:
         if not tokenizer.chat_template:
             raise UserError(f"{target}: the tokenizer has no chat template; leave out --chat")
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
-    inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(where)
-    if inputs["input_ids"].shape[1] == 0:
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if not ids:
         raise UserError("prompt: the tokenizer makes no token of it")
     streamer = None
     if not as_json:
         from transformers import TextStreamer
 
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    torch.manual_seed(seed)
-    sampling = (
-        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    )
     start = time.monotonic()
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-            pad_token_id=_first_id(tokenizer.pad_token_id, tokenizer.eos_token_id),
-            **sampling,
-        )
+    new = continue_prompt(ids, max_new_tokens, sampling, streamer)
     seconds = time.monotonic() - start
-    new = output[0, inputs["input_ids"].shape[1] :]
     if as_json:
         _print_json(
             {
                 "text": tokenizer.decode(new, skip_special_tokens=True),
                 "new_tokens": len(new),
-                "prompt_tokens": inputs["input_ids"].shape[1],
+                "prompt_tokens": len(ids),
                 "seconds": seconds,
             }
         )
@@ -503,10 +497,6 @@ def _float_config(source: str) -> Any:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{source}: cannot read the config: {error}") from error
-
-
-def _first_id(*candidates: Any) -> int | None:
-    return next((c for c in candidates if c is not None), None)
 
 
 def _result(data: dict[str, Any], as_json: bool, describe: Any) -> None:

@@ -134,9 +134,7 @@ class Decoder:
         device, weights = self.weights.device, self.weights
         tokens = [t for s in segments for t in s.tokens]
         positions = [p for s in segments for p in range(s.start, s.start + len(s.tokens))]
-        slots = [
-            slot for s in segments for slot in cache.slots(s.sequence, s.start, len(s.tokens))
-        ]
+        slots = [slot for s in segments for slot in cache.slots(s.sequence, s.start, len(s.tokens))]
 
         def attend(layer: int, block: Block, q: Tensor) -> Tensor:
             pieces = [

@@ -63,7 +63,8 @@ class Runtime:
         Args:
             path: the checkpoint folder.
             device: "cpu", "cuda" or "cuda:N".
-            dtype: of the residual stream; None: float32 on the CPU, the stored 16-bit dtype on CUDA.
+            dtype: of the residual stream; None: float32 on the CPU, elsewhere that of the stored
+                16-bit tensors.
             kv_bits: None: as the checkpoint says; 16 keeps keys and values in 16 bits.
             head_bits: 16, or 8 for a weight-only 8-bit ``lm_head``.
             max_length: as for `Runtime`.
@@ -206,7 +207,7 @@ class Runtime:
         for index, prompt in enumerate(prompts):
             if not prompt:
                 raise UserError(f"prompts: expected at least one token, prompt {index} has none")
-            if not (0 <= min(prompt) and max(prompt) < vocab):
+            if min(prompt) < 0 or max(prompt) >= vocab:
                 raise UserError(
                     f"prompts: expected token ids from 0 to {vocab - 1}, prompt {index} has "
                     f"{min(prompt)} to {max(prompt)}"
@@ -219,7 +220,7 @@ class Runtime:
 
 
 class _Readback:
-    """Tokens on their way from a GPU; the copy starts at once and is waited for when it is needed."""
+    """Tokens on their way from a GPU: the copy starts at once and is waited for when needed."""
 
     def __init__(self, tokens: Tensor):
         self._host = torch.empty(len(tokens), dtype=tokens.dtype, pin_memory=True)

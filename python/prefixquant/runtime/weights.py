@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from prefixquant import ops
+from prefixquant import _C, ops
 from prefixquant.checkpoint import Checkpoint, read_checkpoint
 from prefixquant.errors import UnsupportedModelError, UserError
 from prefixquant.hadamard import hadamard_signs, split_size
@@ -110,7 +110,9 @@ class Weights:
 
     def bytes(self) -> int:
         """Device memory of all tensors; one that is used twice counts once."""
-        return sum(t.numel() * t.element_size() for t in {id(t): t for t in _tensors(self)}.values())
+        return sum(
+            t.numel() * t.element_size() for t in {id(t): t for t in _tensors(self)}.values()
+        )
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
@@ -162,17 +164,25 @@ def load_weights(
         UnsupportedModelError: its activations are not quantized with static scales.
         UserError: a wrong dtype or number of bits.
     """
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device: expected cpu or cuda, got {device}")
+    if device.type == "cuda" and not _C.with_cuda:
+        raise UserError(f"device: expected cpu, got {device}: this build has no CUDA kernels")
     checkpoint = read_checkpoint(path)
     _check_scheme(checkpoint)
     return _Reader(checkpoint, device, dtype, kv_bits).weights(head_bits)
 
 
 def _check_scheme(checkpoint: Checkpoint) -> None:
-    quantization = checkpoint.quantization
-    if quantization.scheme.activation_bits == 16 or getattr(quantization, "dynamic", False):
+    scheme = checkpoint.quantization.scheme
+    if (
+        scheme.weight_bits not in (4, 8)
+        or scheme.activation_bits == 16
+        or "dynamic" in (scheme.activation_mode, scheme.kv_mode)
+    ):
         raise UnsupportedModelError(
-            f"{checkpoint.path}: the runtime runs statically quantized activations of 4 or 8 bits, "
-            f"got {quantization.scheme}; prefixquant.load runs this checkpoint"
+            f"{checkpoint.path}: the runtime runs weights and statically quantized activations of "
+            f"4 or 8 bits, got {scheme}; prefixquant.load runs this checkpoint"
         )
 
 
