@@ -9,7 +9,7 @@ from prefixquant import ops
 from prefixquant.block import PrefixKV, block_forward
 from prefixquant.calibrate import Streams, calibrate_block
 from prefixquant.config import FinetuneConfig, Scheme
-from prefixquant.decoder import FloatDecoder
+from prefixquant.decoder import FloatDecoder, compute_device, place_model
 from prefixquant.errors import UserError
 from prefixquant.finetune import BlockTuner, EndToEnd, Learned, LearnedBlock, Teacher
 from prefixquant.finetune.activations import ActivationStore
@@ -380,6 +380,20 @@ def test_checkpointing_changes_no_bit():
             EndToEnd(setting.decoder, [learned], setting.ids, teacher, config, 0).run()
         results.append(learned.freeze()[0])
     assert same_block(*results)
+
+
+# ---------------------------------------------------------------------------- large models
+
+
+def test_a_model_larger_than_the_device_stays_on_the_host(monkeypatch):
+    model = tiny_family("llama")
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * size - 1, 4 * size))
+    assert place_model(model, gpu) is model
+    assert next(model.parameters()).device.type == "cpu"
+    assert compute_device(model) == gpu
+    assert compute_device(tiny_family("llama")) == torch.device("cpu")
 
 
 # ---------------------------------------------------------------------------- configuration

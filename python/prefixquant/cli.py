@@ -180,13 +180,14 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
         return
 
     from prefixquant import workflow
+    from prefixquant.decoder import place_model
     from prefixquant.loading import load_float_model
     from prefixquant.report import describe_quantize, replace_files
 
     progress = _progress()
     with progress.stage("load the model"):
         float_model, tokenizer = load_float_model(model)
-        float_model.to(where)
+        place_model(float_model, where)
     tokens = workflow.calibration_tokens(calibration_text, tokenizer)
     report = None
     if resume:
@@ -387,6 +388,7 @@ def scan(
 ) -> None:
     """Look for outlier tokens in a float model, without quantizing it."""
     from prefixquant import text as texts
+    from prefixquant.decoder import place_model
     from prefixquant.loading import load_float_model
     from prefixquant.prefix import scan as run_scan
     from prefixquant.report import describe_scan
@@ -399,7 +401,7 @@ def scan(
     progress = _progress()
     with progress.stage("load the model"):
         float_model, tokenizer = load_float_model(model)
-        float_model.to(where)
+        place_model(float_model, where)
     samples = texts.sample_windows(calibration_tokens(content, tokenizer), nsamples, seqlen, seed)
     _result(run_scan(float_model, tokenizer, samples, eta, progress), as_json, describe_scan)
 

@@ -19,6 +19,22 @@ from prefixquant.roles import (
 from prefixquant.rotate import RotationPlan, rotate_block, rotate_embedding, rotate_head
 
 
+def place_model(model: nn.Module, device: torch.device) -> nn.Module:
+    """Puts the float model on the device where it takes less than half of the free memory; a larger
+    one stays where it is, and `compute_device` gives the device its blocks go to, one at a time."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 2:
+        model.prefixquant_compute_device = device
+        return model
+    return model.to(device)
+
+
+def compute_device(model: nn.Module) -> torch.device:
+    """Where blocks of the model are computed: beside its weights, if `place_model` did not keep
+    those on the host."""
+    return getattr(model, "prefixquant_compute_device", next(model.parameters()).device)
+
+
 class FloatDecoder:
     """The float model with norms folded and rotations applied, without a second copy of it.
 
@@ -130,4 +146,4 @@ class FloatDecoder:
         normed = x.float() * torch.rsqrt(
             x.float().square().mean(-1, keepdim=True) + self.geometry.eps
         )
-        return F.linear(normed.to(self.dtype), head.to(self.dtype)).float()
+        return F.linear(normed.to(self.dtype), head.to(normed.device, self.dtype)).float()

@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prefixquant import ops
-from prefixquant.decoder import FloatDecoder
+from prefixquant.decoder import FloatDecoder, compute_device
 from prefixquant.errors import UserError
 from prefixquant.progress import SILENT, Progress
 from prefixquant.quantizer import matmul_dtype
@@ -186,14 +186,14 @@ class OutlierScanner:
         r4_size: int = 1,
         progress: Progress = SILENT,
     ):
-        device = next(model.parameters()).device
+        device = compute_device(model)
         plan = plan_rotations(model_geometry(model.config), rotate=False)
         self.decoder = FloatDecoder(model, plan, dtype=matmul_dtype(device), device=device)
         self.samples = samples
         self.eta = eta
         self.r4_size = r4_size
         self.progress = progress
-        self._head = self.decoder.head_weight()
+        self._head = self.decoder.head_weight().to(device)
 
     def scan(self, prefix: tuple[int, ...]) -> ScanResult:
         """One pass over all samples and blocks, with ``prefix`` in front."""

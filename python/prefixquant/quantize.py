@@ -14,7 +14,7 @@ from prefixquant.block_pipeline import BlockPipeline, Samples
 from prefixquant.calibrate import CalibratedBlock
 from prefixquant.checkpoint_layout import scale_tensor
 from prefixquant.config import QuantizationConfig, RecipeConfig
-from prefixquant.decoder import FloatDecoder
+from prefixquant.decoder import FloatDecoder, compute_device
 from prefixquant.errors import UnsupportedModelError, UserError
 from prefixquant.packing import pack_weight, values_per_unit
 from prefixquant.prefix import PrefixSearch, prefix_texts, search_prefix
@@ -52,7 +52,8 @@ def quantize(
     activations in memory, and the quantized tensors; all blocks where they are trained end to end.
 
     Args:
-        model: a transformers model of a supported family, on the device to work on.
+        model: a transformers model of a supported family, on the device to work on, or on the
+            host (`prefixquant.decoder.place_model`).
         calibration: int64 [n] token stream.
         search: the result of an earlier `search_prefix` on the same model, to not repeat it.
         state: keeps finished blocks, and gives those of an earlier run that was interrupted.
@@ -63,7 +64,7 @@ def quantize(
     """
     plan = _plan(model, recipe)
     samples = Samples.draw(recipe, calibration)
-    device = next(model.parameters()).device
+    device = compute_device(model)
     seconds: dict[str, float] = {}
 
     start = time.monotonic()

@@ -27,6 +27,7 @@ from prefixquant import __version__
 from prefixquant.block import BlockScales
 from prefixquant.calibrate import CalibratedBlock
 from prefixquant.config import RecipeConfig
+from prefixquant.decoder import compute_device
 from prefixquant.errors import UserError
 from prefixquant.prefix import PrefixSearch, ScanResult, Tally
 from prefixquant.roles import BlockWeights
@@ -50,7 +51,7 @@ def run_fingerprint(model: nn.Module, recipe: RecipeConfig, calibration: Tensor)
         "model": _digest([config.encode(), *_tensor_bytes(tensors)]),
         "calibration text": _digest(_tensor_bytes([("tokens", calibration)])),
         "recipe": json.dumps(dataclasses.asdict(recipe), sort_keys=True),
-        "device": _device_name(next(model.parameters()).device),
+        "device": _device_name(compute_device(model)),
         "prefixquant": __version__,
         "torch": torch.__version__,
     }
