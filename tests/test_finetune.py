@@ -8,7 +8,7 @@ import torch
 from prefixquant import ops
 from prefixquant.block import PrefixKV, block_forward
 from prefixquant.calibrate import Streams, calibrate_block
-from prefixquant.config import FinetuneConfig, Scheme
+from prefixquant.config import FinetuneConfig, RecipeConfig, Scheme
 from prefixquant.decoder import FloatDecoder, compute_device, place_model
 from prefixquant.errors import UserError
 from prefixquant.finetune import BlockTuner, EndToEnd, Learned, LearnedBlock, Teacher
@@ -412,6 +412,15 @@ def test_a_model_larger_than_the_device_stays_on_the_host(monkeypatch):
 def test_wrong_settings_are_named(change, match):
     with pytest.raises(UserError, match=match):
         FinetuneConfig(**change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"solver": "quantease-outlier"}, {"scheme": Scheme(4, 16, 16), "group_size": 32}]
+)
+def test_what_cannot_be_trained_is_said_before_any_work(change):
+    RecipeConfig(**change)
+    with pytest.raises(UserError, match="epochs: fine-tuning"):
+        RecipeConfig(**change, finetune=CONFIG)
 
 
 def test_prefix_of_no_tokens():

@@ -320,6 +320,11 @@ class RecipeConfig:
                 raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.r4_block_size < 0:
             raise UserError(f"r4_block_size: expected >= 0, got {self.r4_block_size}")
+        if self.finetune.active and (self.group_size or self.stored_outlier_fraction):
+            raise UserError(
+                "epochs: fine-tuning trains one scale an output channel and no outliers, "
+                f"got solver {self.solver!r} with group_size {self.group_size}"
+            )
 
     @property
     def stored_outlier_fraction(self) -> float:
