@@ -4,6 +4,7 @@
 Behdin et al., "QuantEase: Optimization-based Quantization for Language Models", arXiv 2309.01885.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -112,13 +113,13 @@ class Replayed:
             return
         with torch.cuda.device(device):
             if self.graph is None:
-                self.graph = self._recorded()
+                self.graph = self._recorded(_recording_stream(device))
             self.graph.replay()
 
-    def _recorded(self) -> torch.cuda.CUDAGraph:
+    def _recorded(self, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
         # Not `torch.cuda.graph`: it collects garbage and empties the allocator's cache first, which
         # takes longer than the sweeps of a small layer.
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")
@@ -126,6 +127,12 @@ class Replayed:
             graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         return graph
+
+
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 class _Best:
