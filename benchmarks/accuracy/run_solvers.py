@@ -48,6 +48,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--prefix", nargs="+", type=int, help="token ids; default: the verified prefix, searched"
     )
+    parser.add_argument(
+        "--every", type=int, default=1, help="measure on every so many of the windows only"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
 
@@ -145,6 +148,7 @@ def measure(bench: Workbench, setting: Setting, solver: WeightSolver) -> dict:
 def main() -> None:
     arguments = parse_arguments()
     bench = Workbench(arguments)
+    bench.windows = bench.windows[:: arguments.every]
     if arguments.prefix:
         bench.search = SimpleNamespace(prefix=tuple(arguments.prefix))
     floor = bench.measure(bench.float_model(bench.search.prefix))["ppl"]
@@ -189,7 +193,11 @@ def save(arguments: argparse.Namespace, bench: Workbench, floor: float, rows: li
         "float_ppl": floor,
         "prefix": list(bench.search.prefix),
         "rows": rows,
-        "protocol": {**vars(bench.protocol), "windows": len(bench.windows)},
+        "protocol": {
+            **vars(bench.protocol),
+            "windows": len(bench.windows),
+            "every": arguments.every,
+        },
         "environment": environment(),
         "commit": commit(),
     }
