@@ -12,6 +12,8 @@ writes NAME-solvers-w3.json, and with --no-rotations or a group size a file of i
 """
 
 import argparse
+import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -116,6 +118,16 @@ def quantize(
     return made, errors
 
 
+def float_perplexity(bench: Workbench) -> float:
+    """Of the float model behind the verified prefix: the reference of the workbench."""
+    decoder, head, streams = bench.reference
+    losses = [
+        decoder.token_losses(x[None], ids[None], head).double()
+        for x, ids in zip(streams, bench.windows, strict=True)
+    ]
+    return math.exp(torch.cat(losses).mean().item())
+
+
 def measure(bench: Workbench, setting: Setting, solver: WeightSolver) -> dict:
     """One row of the table."""
     cuda = bench.device.type == "cuda"
@@ -151,7 +163,7 @@ def main() -> None:
     bench.windows = bench.windows[:: arguments.every]
     if arguments.prefix:
         bench.search = SimpleNamespace(prefix=tuple(arguments.prefix))
-    floor = bench.measure(bench.float_model(bench.search.prefix))["ppl"]
+    floor = float_perplexity(bench)
     sys.stdout.write(f"float, verified prefix: {floor:.3f}\n")
     arguments.results.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -166,15 +178,10 @@ def main() -> None:
             samples=arguments.samples,
         )
         row = measure(bench, setting, solver)
-        plain = next((r["ppl"] for r in rows if r["setting"] == "quantease"), None)
-        if solver.outlier_fraction and plain is not None:
-            # The part of quantease's loss to the float model that the outliers give back.
-            row["recovered"] = (plain - row["ppl"]) / (plain - floor)
         rows.append(row)
         sys.stdout.write(
             f"w{arguments.bits} {text}: PPL {row['ppl']:.3f}  KL {row['kl']:.4f}  layer error "
-            f"{row['mean_layer_error']:.5f}  {row['seconds']:.1f} s  "
-            f"recovered {row.get('recovered', 0):.3f}\n"
+            f"{row['mean_layer_error']:.5f}  {row['seconds']:.1f} s\n"
         )
         sys.stdout.flush()
         save(arguments, bench, floor, rows)
@@ -190,7 +197,7 @@ def save(arguments: argparse.Namespace, bench: Workbench, floor: float, rows: li
         "compensation": arguments.compensation,
         "rotations": not arguments.no_rotations,
         "samples": [arguments.samples, RecipeConfig().search_seqlen],
-        "float_ppl": floor,
+        "float_ppl": round(floor, 6),
         "prefix": list(bench.search.prefix),
         "rows": rows,
         "protocol": {
@@ -201,7 +208,28 @@ def save(arguments: argparse.Namespace, bench: Workbench, floor: float, rows: li
         "environment": environment(),
         "commit": commit(),
     }
-    replace_files(arguments.results, {file_name(arguments): report_json(result)})
+    path = arguments.results / file_name(arguments)
+    if path.exists():
+        result["rows"] = merged(json.loads(path.read_text(encoding="utf-8")), result)
+    add_recovered(result["rows"], floor)
+    replace_files(arguments.results, {path.name: report_json(result)})
+
+
+def merged(earlier: dict, result: dict) -> list[dict]:
+    """The rows of ``result``, after those of an earlier run of the same protocol that it lacks."""
+    varying = ("rows", "environment", "commit")
+    if any(earlier.get(key) != result[key] for key in result if key not in varying):
+        return result["rows"]
+    names = {row["setting"] for row in result["rows"]}
+    return [row for row in earlier["rows"] if row["setting"] not in names] + result["rows"]
+
+
+def add_recovered(rows: list[dict], floor: float) -> None:
+    """Which part of quantease's loss to the float model its outliers give back."""
+    plain = next((row["ppl"] for row in rows if row["setting"] == "quantease"), None)
+    for row in rows:
+        if row["outlier_fraction"] and plain is not None:
+            row["recovered"] = (plain - row["ppl"]) / (plain - floor)
 
 
 if __name__ == "__main__":
