@@ -197,7 +197,7 @@ def save(arguments: argparse.Namespace, bench: Workbench, floor: float, rows: li
         "compensation": arguments.compensation,
         "rotations": not arguments.no_rotations,
         "samples": [arguments.samples, RecipeConfig().search_seqlen],
-        "float_ppl": round(floor, 6),
+        "float_ppl": floor,
         "prefix": list(bench.search.prefix),
         "rows": rows,
         "protocol": {
@@ -217,7 +217,7 @@ def save(arguments: argparse.Namespace, bench: Workbench, floor: float, rows: li
 
 def merged(earlier: dict, result: dict) -> list[dict]:
     """The rows of ``result``, after those of an earlier run of the same protocol that it lacks."""
-    varying = ("rows", "environment", "commit")
+    varying = ("rows", "float_ppl", "environment", "commit")
     if any(earlier.get(key) != result[key] for key in result if key not in varying):
         return result["rows"]
     names = {row["setting"] for row in result["rows"]}
