@@ -121,8 +121,28 @@ def test_generate(checkpoint, model_folder):
     assert "tokens/s" not in result.stdout
 
 
+def test_seed_of_generate_decides_the_samples(checkpoint):
+    def sample(seed):
+        arguments = ["--max-new-tokens", "12", "--temperature", "1", "--seed", seed, "--json"]
+        return json.loads(run("generate", checkpoint, "Once", *arguments).stdout)["text"]
+
+    assert sample(1) == sample(1)
+    assert len({sample(seed) for seed in range(3)}) > 1
+
+
+def test_weight_options(model_folder, tmp_path):
+    options = ["--scheme", "w4a16kv16", "--group-size", "16", "--compensation", "0"]
+    options += ["--solver", "quantease-outlier", "--outlier-fraction", "0.02"]
+    out = tmp_path / "out"
+    result = run("quantize", model_folder, "-o", out, *SMALL, *options, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["recipe"]["compensation"] == 0
+    quantization = json.loads(run("inspect", out, "--json").stdout)["quantization"]
+    assert (quantization["group_size"], quantization["outlier_fraction"]) == (16, 0.02)
+
+
 def test_scan(model_folder):
-    result = run("scan", model_folder, *SCAN, "--json")
+    result = run("scan", model_folder, *SCAN, "--seed", "1", "--json")
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert [step["prefix"] for step in report["steps"]][:2] == [[], [0]]
@@ -241,6 +261,9 @@ def test_version():
         (["--nsamples", "0"], ["nsamples", "0"]),
         (["--seqlen", "-5"], ["seqlen", "-5"]),
         (["--eta", "0.5"], ["eta", "0.5"]),
+        (["--compensation", "-1"], ["compensation", "-1"]),
+        (["--group-size", "16"], ["group_size", "activation_bits 16"]),
+        (["--outlier-fraction", "2"], ["outlier_fraction", "2"]),
         (["--eta", "nan"], ["eta"]),
         (["--r4-block-size", "-1"], ["r4_block_size"]),
         (["--epochs", "-1"], ["epochs", "-1"]),
@@ -390,6 +413,18 @@ def test_damaged_checkpoint(checkpoint, tmp_path, kind, words, command):
     damage(folder, kind)
     extra = ["hello"] if command == "generate" else []
     assert_one_line_error(run(command, folder, *extra), *words)
+
+
+def test_tail_of_eval(checkpoint):
+    for tail in ("0", "1.5", "-1"):
+        assert_one_line_error(run("eval", checkpoint, "--tail", tail), "--tail", "at most 1")
+    arguments = ["--windows", "1", "--seqlen", "32", "--json"]
+    whole, end = (
+        json.loads(run("eval", checkpoint, "--tail", tail, *arguments).stdout)["evaluation"]
+        for tail in ("1", "0.1")
+    )
+    assert whole["ppl"] != end["ppl"]
+    assert whole["protocol"]["tail"] == 1
 
 
 def test_bad_prompt(checkpoint, model_folder):

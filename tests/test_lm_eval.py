@@ -88,6 +88,9 @@ def test_a_local_task(toy, tmp_path):
     text = run("eval", out, "--windows", "1", "--seqlen", "32", *arguments, "--limit", "2").stdout
     assert "perplexity" in text
     assert "first 2 documents" in text
+    shots = run("eval", out, "--windows", "0", *arguments[:4], "--shots", "2", "--json")
+    protocol = json.loads(shots.stdout)["evaluation"]["tasks"]["protocol"]
+    assert protocol["num_fewshot"] == 2
     assert_one_line_error(run("eval", out, "--tasks", "toyz", "--task-folder", toy), "'toyz'")
 
 

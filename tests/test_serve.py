@@ -106,7 +106,7 @@ def test_client(checkpoint, needs_packages):
     port = free_port()
     command = [sys.executable, "-m", "prefixquant.cli", "serve", str(checkpoint)]
     process = subprocess.Popen(
-        [*command, "--port", str(port), "--log-level", "error"],
+        [*command, "--port", str(port), "--log-level", "error", "--seed", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -128,6 +128,9 @@ def test_what_cannot_be_served(checkpoint, tmp_path):
     assert_one_line_error(run("serve", tmp_path), "expected a prefixquant checkpoint")
     result = run("serve", checkpoint, "--log-level", "loud")
     assert_one_line_error(result, "--log-level", "'loud'")
+    assert_one_line_error(run("serve", checkpoint, "--device", "cuda:99"), "cuda:99")
+    result = run("serve", checkpoint, "--host", "256.256.256.256")
+    assert_one_line_error(result, "--host 256.256.256.256", "cannot listen there")
     with pytest.raises(UserError, match="@ for a revision"):
         start_server(str(checkpoint.rename(checkpoint.parent / "a@b")))
     (checkpoint.parent / "a@b").rename(checkpoint)

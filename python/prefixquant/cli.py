@@ -65,10 +65,8 @@ CheckpointOrModel = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")]
-Text = Annotated[
-    str, typer.Option(help="'pydoc' (offline default), or a .txt/.jsonl file, also as .gz.")
-]
-Seed = Annotated[int, typer.Option(help="Seed of the choice of windows.", min=0)]
+Text = Annotated[str, typer.Option(help="'pydoc', or a .txt/.jsonl file, also as .gz.")]
+Seed = Annotated[int, typer.Option(help="Seed of the choice of windows.", min=0, metavar="<int>")]
 
 
 @app.callback(invoke_without_command=True)
@@ -90,53 +88,45 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
     model: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="The checkpoint folder to make.")],
     scheme: Annotated[
-        str, typer.Option(help="Bits of weights, activations and KV cache: w4a4kv4, w4a8kv8, ...")
+        str, typer.Option(help="Bits of weights, activations, KV cache.")
     ] = "w4a4kv4",
-    solver: Annotated[str, typer.Option(help=f"Weight solver: {', '.join(SOLVERS)}.")] = "gptq",
+    solver: Annotated[str, typer.Option(help=f"{', '.join(SOLVERS)}.")] = "gptq",
     compensation: Annotated[
-        float, typer.Option(help="Ridge of weights that make up for earlier errors; 0: none do.")
+        float, typer.Option(help="Ridge of weights that mend earlier errors; 0: off.")
     ] = COMPENSATION,
     group_size: Annotated[
-        int, typer.Option(help="Columns that share a weight scale; 0: one an output channel.")
+        int, typer.Option(help="Columns that share a scale; 0: all of a row.")
     ] = 0,
     outlier_fraction: Annotated[
-        float, typer.Option(help="Part of the weights that quantease-outlier keeps in 16 bits.")
+        float, typer.Option(help="16-bit weights of quantease-outlier.")
     ] = 0.01,
-    prefix: Annotated[
-        str, typer.Option(help=f"{', '.join(PREFIX_MODES)}, or text:... for tokens of your own.")
-    ] = "verified",
+    prefix: Annotated[str, typer.Option(help=f"{', '.join(PREFIX_MODES)}, text:....")] = "verified",
     calib: Text = "pydoc",
     nsamples: Annotated[int, typer.Option(help="Windows scanned for outlier tokens.")] = 64,
     seqlen: Annotated[int, typer.Option(help="Tokens of such a window.")] = 512,
     search_samples: Annotated[int, typer.Option(help="Windows that scales and weights fit.")] = 32,
     search_seqlen: Annotated[int, typer.Option(help="Tokens of such a window.")] = 1024,
-    eta: Annotated[float, typer.Option(help="Outlier token: abs-max above eta medians.")] = 64.0,
-    r4_block_size: Annotated[
-        int, typer.Option(help="Block of the Hadamard before down_proj; 0: one for the whole.")
-    ] = 0,
-    epochs: Annotated[
-        int, typer.Option(help="Fine-tune each block for so many epochs; 0: not at all.")
-    ] = 0,
-    e2e_epochs: Annotated[
-        int, typer.Option(help="Then all blocks together, against the float model's logits.")
-    ] = 0,
+    eta: Annotated[float, typer.Option(help="Outlier: abs-max above eta medians.")] = 64.0,
+    r4_block_size: Annotated[int, typer.Option(help="Block of down_proj's Hadamard; 0: one.")] = 0,
+    epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning each block.")] = 0,
+    e2e_epochs: Annotated[int, typer.Option(help="Epochs of training all blocks together.")] = 0,
     train_samples: Annotated[
-        int, typer.Option(help="Windows of 1024 tokens for fine-tuning.")
+        int, typer.Option(help="Windows of 1024 tokens to train on.")
     ] = FinetuneConfig.samples,
     seed: Seed = 0,
     recipe_file: Annotated[
         Path | None,
-        typer.Option("--recipe", help="Choices from a recipe.yaml; options given here win."),
+        typer.Option("--recipe", help="A recipe.yaml; options given here win."),
     ] = None,
     device: Device = "cpu",
     eval_text: Annotated[
-        str | None, typer.Option(help="Measure the perplexity of the result on this text.")
+        str | None, typer.Option(help="Measure the perplexity on this text.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print sizes, time and memory; write nothing.")
+        bool, typer.Option("--dry-run", help="Print sizes, time and memory, write nothing.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a checkpoint; discard an interrupted run.")
+        bool, typer.Option("--overwrite", help="Replace a checkpoint, discard a broken-off run.")
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was interrupted.")
@@ -222,29 +212,32 @@ def evaluate(  # noqa: PLR0913 - the arguments are the options
     target: CheckpointOrModel,
     text: Text = "pydoc",
     windows: Annotated[
-        int, typer.Option(help="Windows at most; 0: no perplexity, the tasks alone.", min=0)
+        int, typer.Option(help="Windows at most; 0: the tasks alone.", min=0, metavar="<int>")
     ] = 40,
-    seqlen: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 2048,
+    seqlen: Annotated[int, typer.Option(help="Tokens of a window.", min=2, metavar="<int>")] = 2048,
     tail: Annotated[
         float,
-        typer.Option(help="Measure on this last part of the text, which quantize never sees."),
+        typer.Option(help="Measure on this last part of the text."),
     ] = 0.18,
     reference: Annotated[
         str | None,
-        typer.Option(help="A float model: also give KL divergence and top-1 agreement with it."),
+        typer.Option(help="A float model to compare with (KL, top-1)."),
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Tasks of lm_eval, by commas; zero-shot: the five of the papers."),
+        typer.Option(help="Tasks of lm_eval, by commas, or zero-shot."),
     ] = None,
     task_folder: Annotated[
-        Path | None, typer.Option(help="A folder with tasks of your own, as YAML files.")
+        Path | None, typer.Option(help="A folder with YAML tasks of your own.")
     ] = None,
-    shots: Annotated[int, typer.Option(help="Examples in front of each question.", min=0)] = 0,
+    shots: Annotated[
+        int, typer.Option(help="Examples in front of each question.", min=0, metavar="<int>")
+    ] = 0,
     limit: Annotated[
-        int | None, typer.Option(help="The first documents of each task only.", min=1)
+        int | None,
+        typer.Option(help="The first documents of each task only.", min=1, metavar="<int>"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions at once.", min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(help="Questions at once.", min=1, metavar="<int>")] = 8,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the report to this JSON file.")
     ] = None,
@@ -292,12 +285,14 @@ def evaluate(  # noqa: PLR0913 - the arguments are the options
 def generate(  # noqa: PLR0913 - the arguments are the options
     target: CheckpointOrModel,
     prompt: Annotated[str, typer.Argument(help="The text to continue, or - to read stdin.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.", min=1)] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens to add at most.", min=1, metavar="<int>")
+    ] = 128,
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask through the tokenizer's chat template.")
     ] = False,
     temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token each time.", min=0)
+        float, typer.Option(help="0 takes the likeliest token each time.", min=0, metavar="<float>")
     ] = 0.0,
     top_k: Annotated[int, typer.Option(help="Of the k likeliest tokens; 0: of all.", min=0)] = 0,
     top_p: Annotated[
@@ -356,9 +351,13 @@ def generate(  # noqa: PLR0913 - the arguments are the options
 def serve(
     checkpoint: Annotated[str, typer.Argument(help="A prefixquant checkpoint.")],
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port; 0: a free one.", min=0, max=65535)] = 8000,
+    port: Annotated[
+        int, typer.Option(help="The port; 0: a free one.", min=0, max=65535, metavar="<int>")
+    ] = 8000,
     device: Device = "cpu",
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.", min=0)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the sampling.", min=0, metavar="<int>")
+    ] = None,
     log_level: Annotated[
         str, typer.Option(help="debug, info, warning or error.", metavar="LEVEL")
     ] = "warning",
@@ -379,9 +378,9 @@ def serve(
 def scan(
     model: Source,
     calib: Text = "pydoc",
-    nsamples: Annotated[int, typer.Option(help="Windows to scan.", min=1)] = 64,
-    seqlen: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 512,
-    eta: Annotated[float, typer.Option(help="Outlier token: abs-max above eta medians.")] = 64.0,
+    nsamples: Annotated[int, typer.Option(help="Windows to scan.", min=1, metavar="<int>")] = 64,
+    seqlen: Annotated[int, typer.Option(help="Tokens of a window.", min=2, metavar="<int>")] = 512,
+    eta: Annotated[float, typer.Option(help="Outlier: abs-max above eta medians.")] = 64.0,
     seed: Seed = 0,
     device: Device = "cpu",
     as_json: AsJson = False,

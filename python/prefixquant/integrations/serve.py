@@ -40,8 +40,8 @@ def start_server(
     folder = str(Path(target).resolve())
     if "@" in folder:
         raise UserError(f"{folder}: transformers serve takes what follows an @ for a revision")
-    serve = _serve_class()
     port = _free_port(host, port)
+    serve = _serve_class()
     serve(
         force_model=folder,
         host=host,
