@@ -205,9 +205,37 @@ def accuracy(folder: Path) -> Iterator[Target]:
     yield from solvers(folder)
 
 
+# ---- fused: issue "fused static quantization, Hadamard, outlier scan and KV4 attention on CUDA" ----
+
+
+def kv4_attention(folder: Path) -> Iterator[Target]:
+    results = load(folder, "attention_kv4")
+    if not results:
+        yield Target("attention_kv4.json", 1.0, None)
+    for gpu, result in results:
+        cells = {(c["batch"], c["length"]): c for c in result["decode"]}
+        for batch, length in ((16, 8192), (1, 32768)):
+            tag = f"{gpu}, KV4 decode, {batch} x {length}"
+            cell = cells.get((batch, length))
+            share = ratio = None
+            if cell:
+                ours = cell["us"]["kv4"][0]
+                read = result["read_bytes_per_second"]
+                share = cell["read_bytes"]["kv4"] / ours * 1e6 / read * 100
+                best = min((t[0] for t in cell["sdpa"].values() if t), default=None)
+                ratio = best / ours if best else None
+            yield Target(f"{tag}: share of pure read", 70.0, share, "%")
+            yield Target(f"{tag}: over torch SDPA, 16-bit cache", 3.0, ratio)
+
+
+def fused(folder: Path) -> Iterator[Target]:
+    yield from kv4_attention(folder)
+
+
 SECTIONS: dict[str, Callable[[Path], Iterator[Target]]] = {
     "gemm": gemm,
     "accuracy": accuracy,
+    "fused": fused,
 }
 
 

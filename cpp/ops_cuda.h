@@ -52,4 +52,37 @@ void gemm_cuda(const TensorView& x, const TensorView& weight, int64_t weight_bit
                const TensorView& y, const OptionalTensor& workspace, const GemmConfigList& config,
                uintptr_t stream);
 
+// kv_attention_cuda.cpp: q and out [B, T, Hq, D]; k, v [pages, Hkv, page_size, D or D / 2]; lengths
+// int32 [B] or none (all max_length); mask bool [B or 1, 1, T, max_length] or none (causal). `op`
+// is the operation that messages name.
+
+std::pair<int64_t, int64_t> kv_attention_workspace_cuda(int64_t batch, int64_t tokens,
+                                                        int64_t heads, int64_t kv_heads,
+                                                        int64_t dim, int64_t device);
+void kv_attention_cuda(const std::string& op, const TensorView& q, const TensorView& k,
+                       const TensorView& v, const OptionalTensor& k_scale,
+                       const OptionalTensor& v_scale, const TensorView& prefix_k,
+                       const TensorView& prefix_v, const OptionalTensor& lengths,
+                       const OptionalTensor& block_table, const OptionalTensor& mask,
+                       int64_t max_length, double scaling, const OptionalTensor& output_scale,
+                       int64_t output_bits, const TensorView& out, const TensorView& counters,
+                       const TensorView& partials, uintptr_t stream);
+
+// rope_kv_append_cuda.cpp
+
+void rope_kv_append_cuda(const TensorView& qkv, const TensorView& cos, const TensorView& sin,
+                         const TensorView& positions, const OptionalTensor& q_norm,
+                         const OptionalTensor& k_norm, double eps, const OptionalTensor& signs,
+                         int64_t rotation_size, const OptionalTensor& k_scale,
+                         const OptionalTensor& v_scale, int64_t kv_bits, const TensorView& k_cache,
+                         const TensorView& v_cache, const TensorView& slots, int64_t heads,
+                         const TensorView& q, uintptr_t stream);
+// kv_append; kv_quantize is that at position 0 of a fresh tensor.
+void kv_quantize_cuda(const std::string& op, const TensorView& x, const TensorView& scale,
+                      int64_t bits, const OptionalTensor& signs, int64_t block_size,
+                      const TensorView& cache, int64_t position, uintptr_t stream);
+// y [B, H, T, D] of any strides from the first T rows of each sequence; bits 16 copies.
+void kv_dequantize_cuda(const TensorView& q, const OptionalTensor& scale, int64_t bits,
+                        const OptionalTensor& block_table, const TensorView& y, uintptr_t stream);
+
 }  // namespace prefixquant

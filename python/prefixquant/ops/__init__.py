@@ -67,3 +67,5 @@ __all__ = [
 
 if _C.with_cuda:
     from prefixquant.ops import gemm_cuda as _gemm_cuda  # noqa: F401
+    from prefixquant.ops import kv_attention_cuda as _kv_attention_cuda  # noqa: F401
+    from prefixquant.ops import kv_quant_cuda as _kv_quant_cuda  # noqa: F401
