@@ -205,7 +205,7 @@ def accuracy(folder: Path) -> Iterator[Target]:
     yield from solvers(folder)
 
 
-# ---- fused: issue "fused static quantization, Hadamard, outlier scan and KV4 attention on CUDA" ----
+# ---- fused: issue "fused static quantization, Hadamard, outlier scan, KV4 attention on CUDA" ----
 
 
 def kv4_attention(folder: Path) -> Iterator[Target]:

@@ -121,7 +121,7 @@ void kv_attention_cuda(const std::string& op, const TensorView& q, const TensorV
   check.dtype(v, v_name, k.dtype);
   p.k = take_cache(check, k, k_name, p, device, p.k_strides);
   p.v = take_cache(check, v, v_name, p, device, p.v_strides);
-  check.same_shape(v, "v", k, k_name);
+  check.same_shape(v, v_name, k, k_name);
   p.kv_heads = checked_size(check, k_name, k.size(1));
   PQ_CHECK(op, p.kv_heads > 0 && q.size(2) % p.kv_heads == 0, k_name,
            ": expected a number of heads that divides the ", q.size(2), " of q, got shape ",
