@@ -130,6 +130,23 @@ def test_seed_of_generate_decides_the_samples(checkpoint):
     assert len({sample(seed) for seed in range(3)}) > 1
 
 
+def test_narrow_sampling_is_greedy(checkpoint):
+    def text(*arguments):
+        common = ["--max-new-tokens", "6", "--json"]
+        return json.loads(run("generate", checkpoint, "Once", *common, *arguments).stdout)["text"]
+
+    greedy = text()
+    assert text("--temperature", "2", "--top-k", "1") == greedy
+    assert text("--temperature", "2", "--top-p", "0.0001") == greedy
+    assert_one_line_error(run("generate", checkpoint, "Once", "--top-p", "0"), "top_p")
+
+
+def test_head_bits_of_generate(checkpoint):
+    arguments = ["--max-new-tokens", "3", "--json", "--head-bits"]
+    assert run("generate", checkpoint, "Once", *arguments, "8").exit_code == 0
+    assert_one_line_error(run("generate", checkpoint, "Once", *arguments, "3"), "head", "3")
+
+
 def test_weight_options(model_folder, tmp_path):
     options = ["--scheme", "w4a16kv16", "--group-size", "16", "--compensation", "0"]
     options += ["--solver", "quantease-outlier", "--outlier-fraction", "0.02"]
