@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import prefixquant
 import pytest
@@ -19,6 +20,7 @@ from test_cli import SMALL, assert_one_line_error, run
 from tiny_model import byte_tokenizer, save_tiny_llama
 
 PROMPT = "Once upon a time"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,11 @@ def test_client(checkpoint, needs_packages):
     try:
         wait_until_up(port, lambda: process.poll() is None)
         check_completions(client(port), checkpoint)
+        example = [sys.executable, str(ROOT / "examples" / "chat_client.py"), PROMPT]
+        shown = subprocess.run(
+            [*example, f"http://127.0.0.1:{port}/v1"], capture_output=True, check=True
+        )
+        assert shown.stdout.strip()
         with pytest.raises(UserError, match="cannot listen there"):
             start_server(str(checkpoint), port=port)
         process.terminate()

@@ -54,7 +54,10 @@ def line_chart(
         part = math.log(v / low) / math.log(high / low) if log else (v - low) / (high - low)
         return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * part
 
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(y_label)}">']
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'aria-label="{escape(y_label)}">'
+    ]
     for tick in _ticks(low, high, log):
         y = y_of(tick)
         parts.append(
