@@ -52,4 +52,29 @@ void bind_cuda(py::module_& m) {
         arg("k_scale"), arg("v_scale"), arg("prefix_k"), arg("prefix_v"), arg("lengths"),
         arg("block_table"), arg("mask"), arg("max_length"), arg("scaling"), arg("output_scale"),
         arg("output_bits"), arg("out"), arg("counters"), arg("partials"), arg("stream"), nogil);
+
+  m.def("quantize_static_cuda", &pq::quantize_static_cuda, arg("x"), arg("scale"), arg("bits"),
+        arg("q"), arg("stream"), nogil);
+  m.def("quantize_dynamic_cuda", &pq::quantize_dynamic_cuda, arg("x"), arg("bits"), arg("clip"),
+        arg("q"), arg("scale"), arg("stream"), nogil);
+  m.def("rmsnorm_cuda", &pq::rmsnorm_cuda, arg("x"), arg("weight"), arg("eps"), arg("y"),
+        arg("stream"), nogil);
+  m.def("rmsnorm_quantize_cuda", &pq::rmsnorm_quantize_cuda, arg("x"), arg("weight"), arg("eps"),
+        arg("scale"), arg("bits"), arg("q"), arg("stream"), nogil);
+  m.def("rmsnorm_quantize_dynamic_cuda", &pq::rmsnorm_quantize_dynamic_cuda, arg("x"),
+        arg("weight"), arg("eps"), arg("bits"), arg("q"), arg("scale"), arg("stream"), nogil);
+  m.def("add_rmsnorm_quantize_cuda", &pq::add_rmsnorm_quantize_cuda, arg("residual"), arg("x"),
+        arg("weight"), arg("eps"), arg("scale"), arg("bits"), arg("q"), arg("stream"), nogil);
+  m.def("hadamard_cuda", &pq::hadamard_cuda, arg("x"), arg("signs"), arg("block_size"), arg("y"),
+        arg("stream"), nogil);
+  m.def("hadamard_quantize_cuda", &pq::hadamard_quantize_cuda, arg("x"), arg("signs"),
+        arg("block_size"), arg("scale"), arg("bits"), arg("q"), arg("stream"), nogil);
+  m.def("swiglu_hadamard_quantize_cuda", &pq::swiglu_hadamard_quantize_cuda, arg("gate"), arg("up"),
+        arg("signs"), arg("block_size"), arg("scale"), arg("bits"), arg("q"), arg("stream"), nogil);
+  m.def("swiglu_hadamard_quantize_dynamic_cuda", &pq::swiglu_hadamard_quantize_dynamic_cuda,
+        arg("gate"), arg("up"), arg("signs"), arg("block_size"), arg("bits"), arg("q"),
+        arg("scale"), arg("stream"), nogil);
+  m.def("hadamard_compiled_signs", &pq::hadamard_compiled_signs, arg("k"), arg("signs"));
+  m.def("outlier_scan_cuda", &pq::outlier_scan_cuda, arg("x"), arg("eta"), arg("row_max"),
+        arg("median"), arg("is_outlier"), arg("stream"), nogil);
 }

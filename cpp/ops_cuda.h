@@ -84,5 +84,42 @@ void kv_quantize_cuda(const std::string& op, const TensorView& x, const TensorVi
 // y [B, H, T, D] of any strides from the first T rows of each sequence; bits 16 copies.
 void kv_dequantize_cuda(const TensorView& q, const OptionalTensor& scale, int64_t bits,
                         const OptionalTensor& block_table, const TensorView& y, uintptr_t stream);
+// rmsnorm_quant_cuda.cpp: as the functions of ops.h without `_cuda`, and the stream.
+void quantize_static_cuda(const TensorView& x, const TensorView& scale, int64_t bits,
+                          const TensorView& q, uintptr_t stream);
+void quantize_dynamic_cuda(const TensorView& x, int64_t bits, double clip, const TensorView& q,
+                           const TensorView& scale, uintptr_t stream);
+void rmsnorm_cuda(const TensorView& x, const OptionalTensor& weight, double eps,
+                  const TensorView& y, uintptr_t stream);
+void rmsnorm_quantize_cuda(const TensorView& x, const OptionalTensor& weight, double eps,
+                           const TensorView& scale, int64_t bits, const TensorView& q,
+                           uintptr_t stream);
+void rmsnorm_quantize_dynamic_cuda(const TensorView& x, const OptionalTensor& weight, double eps,
+                                   int64_t bits, const TensorView& q, const TensorView& scale,
+                                   uintptr_t stream);
+void add_rmsnorm_quantize_cuda(const TensorView& residual, const TensorView& x,
+                               const OptionalTensor& weight, double eps, const TensorView& scale,
+                               int64_t bits, const TensorView& q, uintptr_t stream);
+
+// hadamard_cuda.cpp
+void hadamard_cuda(const TensorView& x, const OptionalTensor& signs, int64_t block_size,
+                   const TensorView& y, uintptr_t stream);
+void hadamard_quantize_cuda(const TensorView& x, const OptionalTensor& signs, int64_t block_size,
+                            const TensorView& scale, int64_t bits, const TensorView& q,
+                            uintptr_t stream);
+void swiglu_hadamard_quantize_cuda(const TensorView& gate, const TensorView& up,
+                                   const OptionalTensor& signs, int64_t block_size,
+                                   const TensorView& scale, int64_t bits, const TensorView& q,
+                                   uintptr_t stream);
+void swiglu_hadamard_quantize_dynamic_cuda(const TensorView& gate, const TensorView& up,
+                                           const OptionalTensor& signs, int64_t block_size,
+                                           int64_t bits, const TensorView& q,
+                                           const TensorView& scale, uintptr_t stream);
+// The sign matrix [k, k] that the kernels of k were compiled with, int8 on the CPU.
+void hadamard_compiled_signs(int64_t k, const TensorView& signs);
+
+// outlier_scan_cuda.cpp
+void outlier_scan_cuda(const TensorView& x, double eta, const TensorView& row_max,
+                       const TensorView& median, const TensorView& is_outlier, uintptr_t stream);
 
 }  // namespace prefixquant

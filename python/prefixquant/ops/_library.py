@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from prefixquant import _C
+
 # Kept alive for the life of the process: torch unregisters the operations when it is collected.
 _LIBRARY = torch.library.Library("prefixquant", "DEF")
 
@@ -28,6 +30,11 @@ def define(
         _LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"prefixquant::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.prefixquant, name).default
+
+
+def define_on_every_device(schema: str, *, fake: Callable, run: Callable) -> Callable:
+    """`define` with one implementation: it allocates on its input's device and calls `launch`."""
+    return define(schema, fake=fake, cpu=run, cuda=run if _C.with_cuda else None)
 
 
 def implement(name: str, function: Callable, dispatch_key: str = "CUDA") -> None:

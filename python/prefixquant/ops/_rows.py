@@ -6,6 +6,8 @@ import math
 import torch
 from torch import Tensor
 
+from prefixquant import _C
+
 
 def as_rows(x: Tensor) -> Tensor:
     """``x``, or a contiguous copy where its leading dimensions do not share one stride.
@@ -44,3 +46,13 @@ def new_levels(x: Tensor, packed: bool) -> Tensor:
 def new_row_scales(x: Tensor) -> Tensor:
     """Room for the scale of every row: float32 [rows]."""
     return x.new_empty((math.prod(x.shape[:-1]),), dtype=torch.float32)
+
+
+def launch(name: str, first: Tensor, **arguments) -> None:
+    """Calls ``_C.<name>`` where `first` is: on the CPU, or on its device's current stream."""
+    if first.is_cuda:
+        with torch.cuda.device(first.device):
+            stream = torch.cuda.current_stream(first.device).cuda_stream
+            getattr(_C, f"{name}_cuda")(**arguments, stream=stream)
+    else:
+        getattr(_C, name)(**arguments)

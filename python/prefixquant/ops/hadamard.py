@@ -1,35 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block Hadamard transforms of the last dimension, alone or fused with what surrounds R4."""
 
-import torch
 from torch import Tensor
 
-from prefixquant import _C
-from prefixquant.ops._library import define
-from prefixquant.ops._rows import as_rows, new_int8, new_row_scales
+from prefixquant.ops._library import define_on_every_device
+from prefixquant.ops._rows import as_rows, launch, new_int8, new_row_scales
 
 
-def _hadamard_cpu(x: Tensor, signs: Tensor | None, block_size: int) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype)
-    _C.hadamard(x=as_rows(x), signs=signs, block_size=block_size, y=y)
+def _run_hadamard(x: Tensor, signs: Tensor | None, block_size: int) -> Tensor:
+    y = x.new_empty(x.shape)
+    launch("hadamard", x, x=as_rows(x), signs=signs, block_size=block_size, y=y)
     return y
 
 
-def _hadamard_quantize_cpu(
+def _run_hadamard_quantize(
     x: Tensor, signs: Tensor | None, block_size: int, scale: Tensor, bits: int
 ) -> Tensor:
     q = new_int8(x)
-    _C.hadamard_quantize(
-        x=as_rows(x), signs=signs, block_size=block_size, scale=scale, bits=bits, q=q
+    launch(
+        "hadamard_quantize",
+        x,
+        x=as_rows(x),
+        signs=signs,
+        block_size=block_size,
+        scale=scale,
+        bits=bits,
+        q=q,
     )
     return q
 
 
-def _swiglu_hadamard_quantize_cpu(
+def _run_swiglu_hadamard_quantize(
     gate: Tensor, up: Tensor, signs: Tensor | None, block_size: int, scale: Tensor, bits: int
 ) -> Tensor:
     q = new_int8(gate)
-    _C.swiglu_hadamard_quantize(
+    launch(
+        "swiglu_hadamard_quantize",
+        gate,
         gate=as_rows(gate),
         up=as_rows(up),
         signs=signs,
@@ -41,11 +48,13 @@ def _swiglu_hadamard_quantize_cpu(
     return q
 
 
-def _swiglu_hadamard_quantize_dynamic_cpu(
+def _run_swiglu_hadamard_quantize_dynamic(
     gate: Tensor, up: Tensor, signs: Tensor | None, block_size: int, bits: int
 ) -> tuple[Tensor, Tensor]:
     q, scale = new_int8(gate), new_row_scales(gate)
-    _C.swiglu_hadamard_quantize_dynamic(
+    launch(
+        "swiglu_hadamard_quantize_dynamic",
+        gate,
         gate=as_rows(gate),
         up=as_rows(up),
         signs=signs,
@@ -57,27 +66,27 @@ def _swiglu_hadamard_quantize_dynamic_cpu(
     return q, scale
 
 
-_hadamard = define(
+_hadamard = define_on_every_device(
     "hadamard(Tensor x, Tensor? signs, int block_size) -> Tensor",
     fake=lambda x, signs, block_size: x.new_empty(x.shape),
-    cpu=_hadamard_cpu,
+    run=_run_hadamard,
 )
-_hadamard_quantize = define(
+_hadamard_quantize = define_on_every_device(
     "hadamard_quantize(Tensor x, Tensor? signs, int block_size, Tensor scale, int bits) -> Tensor",
     fake=lambda x, signs, block_size, scale, bits: new_int8(x),
-    cpu=_hadamard_quantize_cpu,
+    run=_run_hadamard_quantize,
 )
-_swiglu_hadamard_quantize = define(
+_swiglu_hadamard_quantize = define_on_every_device(
     "swiglu_hadamard_quantize(Tensor gate, Tensor up, Tensor? signs, int block_size, "
     "Tensor scale, int bits) -> Tensor",
     fake=lambda gate, up, signs, block_size, scale, bits: new_int8(gate),
-    cpu=_swiglu_hadamard_quantize_cpu,
+    run=_run_swiglu_hadamard_quantize,
 )
-_swiglu_hadamard_quantize_dynamic = define(
+_swiglu_hadamard_quantize_dynamic = define_on_every_device(
     "swiglu_hadamard_quantize_dynamic(Tensor gate, Tensor up, Tensor? signs, int block_size, "
     "int bits) -> (Tensor q, Tensor scale)",
     fake=lambda gate, up, signs, block_size, bits: (new_int8(gate), new_row_scales(gate)),
-    cpu=_swiglu_hadamard_quantize_dynamic_cpu,
+    run=_run_swiglu_hadamard_quantize_dynamic,
 )
 
 

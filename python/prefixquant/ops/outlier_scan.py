@@ -4,9 +4,8 @@
 import torch
 from torch import Tensor
 
-from prefixquant import _C
-from prefixquant.ops._library import define
-from prefixquant.ops._rows import as_rows
+from prefixquant.ops._library import define_on_every_device
+from prefixquant.ops._rows import as_rows, launch
 
 
 def _outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -18,16 +17,24 @@ def _outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _outlier_scan_cpu(x: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
+def _run_outlier_scan(x: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
     row_max, median, is_outlier = _outputs(x)
-    _C.outlier_scan(x=as_rows(x), eta=eta, row_max=row_max, median=median, is_outlier=is_outlier)
+    launch(
+        "outlier_scan",
+        x,
+        x=as_rows(x),
+        eta=eta,
+        row_max=row_max,
+        median=median,
+        is_outlier=is_outlier,
+    )
     return row_max, median, is_outlier
 
 
-_outlier_scan = define(
+_outlier_scan = define_on_every_device(
     "outlier_scan(Tensor x, float eta) -> (Tensor row_max, Tensor median, Tensor is_outlier)",
     fake=lambda x, eta: _outputs(x),
-    cpu=_outlier_scan_cpu,
+    run=_run_outlier_scan,
 )
 
 

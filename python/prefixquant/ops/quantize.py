@@ -3,21 +3,20 @@
 
 from torch import Tensor
 
-from prefixquant import _C
-from prefixquant.ops._library import define
-from prefixquant.ops._rows import as_rows, new_int8
+from prefixquant.ops._library import define_on_every_device
+from prefixquant.ops._rows import as_rows, launch, new_int8
 
 
-def _quantize_static_cpu(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _run_quantize_static(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     q = new_int8(x)
-    _C.quantize_static(x=as_rows(x), scale=scale, bits=bits, q=q)
+    launch("quantize_static", x, x=as_rows(x), scale=scale, bits=bits, q=q)
     return q
 
 
-_quantize_static = define(
+_quantize_static = define_on_every_device(
     "quantize_static(Tensor x, Tensor scale, int bits) -> Tensor",
     fake=lambda x, scale, bits: new_int8(x),
-    cpu=_quantize_static_cpu,
+    run=_run_quantize_static,
 )
 
 

@@ -3,30 +3,29 @@
 
 from torch import Tensor
 
-from prefixquant import _C
-from prefixquant.ops._library import define
-from prefixquant.ops._rows import as_rows, new_int8, new_row_scales
+from prefixquant.ops._library import define_on_every_device
+from prefixquant.ops._rows import as_rows, launch, new_int8, new_row_scales
 
 
-def _quantize_dynamic_cpu(x: Tensor, bits: int, clip: float = 1.0) -> tuple[Tensor, Tensor]:
+def _run_quantize_dynamic(x: Tensor, bits: int, clip: float = 1.0) -> tuple[Tensor, Tensor]:
     q, scale = new_int8(x), new_row_scales(x)
-    _C.quantize_dynamic(x=as_rows(x), bits=bits, clip=clip, q=q, scale=scale)
+    launch("quantize_dynamic", x, x=as_rows(x), bits=bits, clip=clip, q=q, scale=scale)
     return q, scale
 
 
-_quantize_dynamic = define(
+_quantize_dynamic = define_on_every_device(
     "quantize_dynamic(Tensor x, int bits, float clip=1.0) -> (Tensor q, Tensor scale)",
     fake=lambda x, bits, clip=1.0: (new_int8(x), new_row_scales(x)),
-    cpu=_quantize_dynamic_cpu,
+    run=_run_quantize_dynamic,
 )
 
 
 def quantize_dynamic(x: Tensor, bits: int, clip: float = 1.0) -> tuple[Tensor, Tensor]:
-    """``scale[r] = clip * max_c |x[r, c]| / qmax`` (1 where that is 0), ``q = clamp(rint(x / scale))``.
+    """``scale[r] = clip * max_c |x[r, c]| / qmax``, ``q = clamp(rint(x / scale))``.
 
-    qmax = 2^(bits-1) - 1. float32 arithmetic, ties to even, multiplied by 1/scale, which is
-    computed once a row. A NaN makes its row's scale NaN and its levels 0, an infinity makes the
-    scale infinite and the levels 0.
+    qmax = 2^(bits-1) - 1; a scale of 0 becomes 1. float32 arithmetic, ties to even, multiplied by
+    1/scale, which is computed once a row. A NaN makes its row's scale NaN and its levels 0, an
+    infinity makes the scale infinite and the levels 0.
 
     Args:
         x: float32, bfloat16 or float16 [..., C], any strides.

@@ -4,26 +4,25 @@
 import torch
 from torch import Tensor
 
-from prefixquant import _C
-from prefixquant.ops._library import define
-from prefixquant.ops._rows import as_rows, new_int8, new_levels, new_row_scales
+from prefixquant.ops._library import define_on_every_device
+from prefixquant.ops._rows import as_rows, launch, new_int8, new_levels, new_row_scales
 
 
-def _rmsnorm_cpu(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def _run_rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _C.rmsnorm(x=as_rows(x), weight=weight, eps=eps, y=y)
+    launch("rmsnorm", x, x=as_rows(x), weight=weight, eps=eps, y=y)
     return y
 
 
-def _rmsnorm_quantize_cpu(
+def _run_rmsnorm_quantize(
     x: Tensor, weight: Tensor | None, eps: float, scale: Tensor, bits: int, packed: bool = False
 ) -> Tensor:
     q = new_levels(x, packed)
-    _C.rmsnorm_quantize(x=as_rows(x), weight=weight, eps=eps, scale=scale, bits=bits, q=q)
+    launch("rmsnorm_quantize", x, x=as_rows(x), weight=weight, eps=eps, scale=scale, bits=bits, q=q)
     return q
 
 
-def _add_rmsnorm_quantize_cpu(
+def _run_add_rmsnorm_quantize(
     residual: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -34,44 +33,61 @@ def _add_rmsnorm_quantize_cpu(
 ) -> Tensor:
     q = new_levels(x, packed)
     rows = as_rows(residual)
-    _C.add_rmsnorm_quantize(
-        residual=rows, x=as_rows(x), weight=weight, eps=eps, scale=scale, bits=bits, q=q
+    launch(
+        "add_rmsnorm_quantize",
+        x,
+        residual=rows,
+        x=as_rows(x),
+        weight=weight,
+        eps=eps,
+        scale=scale,
+        bits=bits,
+        q=q,
     )
     if rows is not residual:
         residual.copy_(rows)
     return q
 
 
-def _rmsnorm_quantize_dynamic_cpu(
+def _run_rmsnorm_quantize_dynamic(
     x: Tensor, weight: Tensor | None, eps: float, bits: int
 ) -> tuple[Tensor, Tensor]:
     q, scale = new_int8(x), new_row_scales(x)
-    _C.rmsnorm_quantize_dynamic(x=as_rows(x), weight=weight, eps=eps, bits=bits, q=q, scale=scale)
+    launch(
+        "rmsnorm_quantize_dynamic",
+        x,
+        x=as_rows(x),
+        weight=weight,
+        eps=eps,
+        bits=bits,
+        q=q,
+        scale=scale,
+    )
     return q, scale
 
 
-_rmsnorm = define(
+_rmsnorm = define_on_every_device(
     "rmsnorm(Tensor x, Tensor? weight, float eps) -> Tensor",
     fake=lambda x, weight, eps: x.new_empty(x.shape),
-    cpu=_rmsnorm_cpu,
+    run=_run_rmsnorm,
 )
-_rmsnorm_quantize = define(
+_rmsnorm_quantize = define_on_every_device(
     "rmsnorm_quantize(Tensor x, Tensor? weight, float eps, Tensor scale, int bits, "
     "bool packed=False) -> Tensor",
     fake=lambda x, weight, eps, scale, bits, packed=False: new_levels(x, packed),
-    cpu=_rmsnorm_quantize_cpu,
+    run=_run_rmsnorm_quantize,
 )
-_add_rmsnorm_quantize = define(
+_add_rmsnorm_quantize = define_on_every_device(
     "add_rmsnorm_quantize(Tensor(a!) residual, Tensor x, Tensor? weight, float eps, Tensor scale, "
     "int bits, bool packed=False) -> Tensor",
     fake=lambda residual, x, weight, eps, scale, bits, packed=False: new_levels(x, packed),
-    cpu=_add_rmsnorm_quantize_cpu,
+    run=_run_add_rmsnorm_quantize,
 )
-_rmsnorm_quantize_dynamic = define(
+_rmsnorm_quantize_dynamic = define_on_every_device(
     "rmsnorm_quantize_dynamic(Tensor x, Tensor? weight, float eps, int bits) "
     "-> (Tensor q, Tensor scale)",
     fake=lambda x, weight, eps, bits: (new_int8(x), new_row_scales(x)),
-    cpu=_rmsnorm_quantize_dynamic_cpu,
+    run=_run_rmsnorm_quantize_dynamic,
 )
 
 

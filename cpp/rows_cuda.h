@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the row-wise CUDA operations share on the host side: the checks of rows.h for tensors on one
+// device, in the order device, dtype, layout, shape.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "prefixquant/row_dtype.h"
+#include "rows.h"
+
+namespace prefixquant {
+
+inline cudaStream_t as_cuda_stream(uintptr_t stream) {
+  return reinterpret_cast<cudaStream_t>(stream);
+}
+
+inline RowDtype row_dtype(FloatType type) {
+  switch (type) {
+    case FloatType::kFloat32:
+      return RowDtype::kFloat32;
+    case FloatType::kBFloat16:
+      return RowDtype::kBFloat16;
+    default:
+      return RowDtype::kFloat16;
+  }
+}
+
+// The device of a launch is that of its first tensor.
+inline int cuda_device_of(const ArgumentChecker& check, const TensorView& t, const char* name) {
+  PQ_CHECK(check.op, t.device >= 0, name, ": expected a CUDA tensor, got a CPU tensor");
+  return t.device;
+}
+
+struct CudaRowInput {
+  RowView rows;
+  RowDtype dtype;
+
+  CudaRowInput(const ArgumentChecker& check, const TensorView& t, const char* name, int device)
+      : rows((check.on_cuda(t, name, device), check.floating(t, name), check), t, name),
+        dtype(row_dtype(float_type(check, t, name))) {}
+};
+
+// The bounds of the levels.
+struct LevelBounds {
+  float qmin, qmax;
+
+  LevelBounds(const ArgumentChecker& check, int64_t bits) {
+    const QuantizerParams bounds = quantizer_bounds(check, bits);
+    qmin = bounds.qmin;
+    qmax = bounds.qmax;
+  }
+};
+
+// `scale` float32 0-dim; it stays in device memory.
+inline const float* checked_cuda_scale(const ArgumentChecker& check, const TensorView& scale,
+                                       int device) {
+  check.on_cuda(scale, "scale", device);
+  check.dtype(scale, "scale", DType::kFloat32);
+  check.rank(scale, "scale", 0);
+  return scale.data<float>();
+}
+
+inline float* checked_cuda_row_scales(const ArgumentChecker& check, const TensorView& scale,
+                                      int64_t rows, int device) {
+  check.on_cuda(scale, "scale", device);
+  check.dtype(scale, "scale", DType::kFloat32);
+  check.rank(scale, "scale", 1);
+  check.size(scale, "scale", 0, rows);
+  check.contiguous(scale, "scale");
+  return scale.data<float>();
+}
+
+// A contiguous result of `like`'s shape.
+inline void check_cuda_result(const ArgumentChecker& check, const TensorView& t, const char* name,
+                              DType dtype, const TensorView& like, const char* like_name,
+                              int device) {
+  check.on_cuda(t, name, device);
+  check.dtype(t, name, dtype);
+  check.contiguous(t, name);
+  check.same_shape(t, name, like, like_name);
+}
+
+}  // namespace prefixquant

@@ -1,0 +1,485 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The kernels behind hadamard.h for 16-bit inputs.
+//
+// Layout: a block is [inputs, segment], segment = min(pow2, 1024), inputs = k or pow2 / 1024.
+//   hadamard_registers_kernel (inputs = 1): a warp takes tiles of 1024 elements and writes its
+//     vectors of 8 results itself.
+//   hadamard_sums_kernel: `group` blocks at a time. Warps transform segments in registers
+//     (hadamard_tile.cuh) and put them into shared memory as float32; after a barrier threads take
+//     columns, `inputs` values at distance `segment` (hadamard_sums.cuh), and write the results of
+//     neighbouring columns side by side.
+// Grid: persistent CTAs of 256 threads that walk over the groups; for a few blocks a cluster shares
+//   one: each CTA transforms its part of the segments and sends every column to the CTA that owns
+//   it (distributed shared memory).
+// Smem: 4 bytes an element of the group (of the owned columns in a cluster). Vectors of 8 floats
+// are
+//   split in two halves, all first halves before all second ones: consecutive lanes then store
+//   consecutive 16 bytes. The second halves are shifted by 64 bytes within 128, so that a column
+//   read finds the two halves in different banks.
+// Limits: 8 divides the segment and cols, rows start at multiples of 16 bytes.
+#pragma once
+
+#include "prefixquant/cp_async.cuh"
+#include "prefixquant/fast_divisor.h"
+#include "prefixquant/hadamard.h"
+#include "prefixquant/hadamard_sums.cuh"
+#include "prefixquant/hadamard_tile.cuh"
+#include "prefixquant/quantizer.cuh"
+#include "prefixquant/row_reduce.cuh"
+
+namespace prefixquant {
+
+inline constexpr int kHadamardThreads = 256;
+
+// Kernel arguments; see RowHadamardParams for the pointers.
+struct HadamardArgs {
+  const uint16_t* x;
+  const uint16_t* up;
+  int64_t x_stride, up_stride;
+  void* out;
+  RowScale scaling;
+  const float* scale;
+  float* row_scale;
+  float qmin, qmax;
+  float norm;  // 1 / sqrt(block_size)
+  const int8_t* signs;
+  bool is_bfloat16;
+  int cols;
+  int block_size;
+  int segment;
+  int log2_segment;
+  int log2_width;  // columns of a segment that a CTA owns: segment / cluster
+  int cluster;
+  int group;
+  int64_t blocks;  // of all rows
+  FastDivisor blocks_per_row;
+  FastDivisor vectors_per_block;  // block_size / 8
+};
+
+// ---- where things are in shared memory ----
+
+struct ColumnStorage {
+  float4* base;
+  int vectors;        // of 8 floats, rounded up to 8
+  uint32_t half_xor;  // 4: second halves are shifted; 0 where a segment's part is too short for it
+
+  __device__ __forceinline__ ColumnStorage(float4* smem, const HadamardArgs& p) : base(smem) {
+    const int elements = (p.group * p.block_size) / p.cluster;
+    vectors = (elements / 8 + 7) / 8 * 8;
+    half_xor = p.log2_width >= 6 ? 4 : 0;
+  }
+  __device__ __forceinline__ uint32_t half_index(uint32_t vector, uint32_t which) const {
+    return which * vectors + (vector ^ (which * half_xor));
+  }
+  __device__ __forceinline__ float4* half(uint32_t vector, uint32_t which) const {
+    return base + half_index(vector, which);
+  }
+};
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// Stores to the same address of CTA `rank`.
+__device__ __forceinline__ void store_to_rank(float4* local, uint32_t rank, const float4& v) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "f"(v.x),
+               "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
+#endif
+}
+
+__device__ __forceinline__ void store_to_rank(uint32_t* local, uint32_t rank, uint32_t v) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote), "r"(v) : "memory");
+#endif
+}
+
+// ---- first half: segments ----
+
+// Where vector `flat` of the group's blocks lies in x and in up.
+struct GroupOrigin {
+  int64_t row;     // of the first block
+  uint32_t block;  // of the first block, in its row
+};
+
+__device__ __forceinline__ longlong2 vector_offset(const HadamardArgs& p, const GroupOrigin& origin,
+                                                   uint32_t flat) {
+  uint32_t vector = flat, block = origin.block;
+  int64_t row = origin.row;
+  if (p.group > 1) {
+    const uint32_t u = p.vectors_per_block.divide(flat);
+    vector -= u * p.vectors_per_block.divisor;
+    const uint32_t rows = p.blocks_per_row.divide(block + u);
+    block = block + u - rows * p.blocks_per_row.divisor;
+    row += rows;
+  }
+  const int64_t column = static_cast<int64_t>(block) * p.block_size + 8 * vector;
+  return {row * p.x_stride + column, row * p.up_stride + column};
+}
+
+template <int kVectors>
+__device__ __forceinline__ void store_segments(const float (&v)[kVectors][8], const HadamardArgs& p,
+                                               const ColumnStorage& storage, uint32_t first,
+                                               uint32_t count) {
+  const int log2_segment_vectors = p.log2_segment - 3, log2_width_vectors = p.log2_width - 3;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const uint32_t flat = first + 32 * i;
+    if (flat >= count) continue;
+    const float4 low = make_float4(v[i][0], v[i][1], v[i][2], v[i][3]);
+    const float4 high = make_float4(v[i][4], v[i][5], v[i][6], v[i][7]);
+    if (p.cluster == 1) {
+      *storage.half(flat, 0) = low;
+      *storage.half(flat, 1) = high;
+    } else {
+      const uint32_t column = flat & ((1u << log2_segment_vectors) - 1);
+      const uint32_t owner = column >> log2_width_vectors;
+      const uint32_t there = ((flat >> log2_segment_vectors) << log2_width_vectors) |
+                             (column & ((1u << log2_width_vectors) - 1));
+      store_to_rank(storage.half(there, 0), owner, low);
+      store_to_rank(storage.half(there, 1), owner, high);
+    }
+  }
+}
+
+template <bool kSwiglu, int kVectors>
+__device__ __forceinline__ void transform_segments(const HadamardArgs& p,
+                                                   const ColumnStorage& storage,
+                                                   const GroupOrigin& origin, uint32_t blocks,
+                                                   uint32_t rank) {
+  const uint32_t count = blocks * p.vectors_per_block.divisor;
+  const int lane = threadIdx.x % 32;
+  const uint32_t warp = rank * (kHadamardThreads / 32) + threadIdx.x / 32;
+  const uint32_t step = p.cluster * kHadamardThreads * kVectors;
+  for (uint32_t tile = warp * 32 * kVectors; tile < count; tile += step) {
+    float v[kVectors][8];
+    load_tile<kSwiglu>(v, p.x, p.up, p.is_bfloat16, [&](int i) {
+      const uint32_t flat = tile + 32 * i + lane;
+      return flat < count ? vector_offset(p, origin, flat) : longlong2{-1, -1};
+    });
+    transform_tile(v, p.segment, lane);
+    store_segments(v, p, storage, tile + lane, count);
+  }
+}
+
+// ---- second half: columns ----
+
+// The matrix as it lies in memory, four signs a word.
+template <int K>
+struct SignWords {
+  uint32_t words[K * K / 4] = {};
+  constexpr SignWords() {
+    for (int i = 0; i < K * K; ++i) {
+      const uint32_t byte = kSignMatrix<K>.minus[i / K][i % K] ? 0xFF : 0x01;
+      words[i / 4] |= byte << (8 * (i % 4));
+    }
+  }
+};
+
+// The signs are those that the kernel was compiled for. All threads of the block.
+template <int K>
+__device__ __forceinline__ bool signs_match(const int8_t* signs) {
+  bool same = true;
+  if constexpr (K > 1) {
+    static constexpr SignWords<K> kExpected;
+    const uint32_t* given = reinterpret_cast<const uint32_t*>(signs);
+#pragma unroll 8
+    for (int i = threadIdx.x; i < K * K / 4; i += kHadamardThreads) {
+      same = same && given[i] == kExpected.words[i];
+    }
+  }
+  return __syncthreads_and(same);
+}
+
+// offset += step, opaque to the compiler: it would keep every multiple of the step, an invariant of
+// the loops around, in a register.
+__device__ __forceinline__ void advance(uint32_t& offset, uint32_t step) {
+  offset += step;
+  asm("" : "+r"(offset));
+}
+
+// What happens to the results of a column.
+template <int kColumns>
+struct ColumnOutput {
+  const HadamardArgs& p;
+  Quantizer quantizer;
+  int64_t first;   // of the group in `out`
+  uint32_t at;     // the next output, from there
+  uint32_t marks;  // kNanMark where a level was NaN
+
+  // Stores the next output of the columns; levels of NaN are wrong unless kFixNan.
+  template <bool kFixNan>
+  __device__ __forceinline__ void store(const float (&y)[kColumns]) {
+    const uint32_t index = at;
+    advance(at, p.segment);
+    if (p.scaling == RowScale::kNone) {
+      uint16_t* out = static_cast<uint16_t*>(p.out) + first + index;
+      const float second = y[kColumns - 1];
+      const uint32_t pair = p.is_bfloat16 ? pack_pair(y[0], second, __nv_bfloat16{})
+                                          : pack_pair(y[0], second, __half{});
+      if constexpr (kColumns == 2) {
+        *reinterpret_cast<uint32_t*>(out) = pair;
+      } else {
+        *out = static_cast<uint16_t>(pair);
+      }
+      return;
+    }
+    int8_t* out = static_cast<int8_t*>(p.out) + first + index;
+    uint32_t t[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      t[c] = rounded_bits(y[c], quantizer);
+      marks |= t[c];
+      if (kFixNan && (t[c] & kNanMark)) t[c] = 0;
+    }
+    if constexpr (kColumns == 2) {
+      *reinterpret_cast<uint16_t*>(out) = static_cast<uint16_t>(__byte_perm(t[0], t[1], 0x0040));
+    } else {
+      *out = static_cast<int8_t>(t[0]);
+    }
+  }
+};
+
+// The sums with signs that are not the compiled ones; slow, and the same order of additions.
+template <typename Sums, int PART, typename Load>
+__device__ void sum_with_given_signs(float (&acc)[Sums::kColumns][Sums::kOutputs],
+                                     const int8_t* signs, Load& load) {
+  constexpr int K = Sums::kInputs;
+#pragma unroll
+  for (int i = 0; i < Sums::kOutputs; ++i) {
+    const int8_t* row = signs + (PART * Sums::kOutputs + i) * K;
+    float total[Sums::kColumns] = {};
+#pragma unroll 1
+    for (int j = 0; j < K; j += 4) {
+      float x[4][Sums::kColumns];
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        load(j + b, x[b]);
+#pragma unroll
+        for (int c = 0; c < Sums::kColumns; ++c) x[b][c] = row[j + b] < 0 ? -x[b][c] : x[b][c];
+      }
+#pragma unroll
+      for (int c = 0; c < Sums::kColumns; ++c) {
+        total[c] = __fadd_rn(total[c],
+                             __fadd_rn(__fadd_rn(x[0][c], x[1][c]), __fadd_rn(x[2][c], x[3][c])));
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < Sums::kColumns; ++c) acc[c][i] = total[c];
+  }
+}
+
+// All columns of this thread's warps; `largest` collects the magnitudes where kMaximum, otherwise
+// the results are stored.
+template <typename Sums, int PART>
+__device__ __forceinline__ void finish_columns(const HadamardArgs& p, const ColumnStorage& storage,
+                                               int64_t first_block, uint32_t blocks, uint32_t rank,
+                                               const Quantizer& quantizer, bool compiled_signs,
+                                               bool maximum, uint32_t& largest) {
+  constexpr int kColumns = Sums::kColumns;
+  constexpr uint32_t kStep = kHadamardThreads / Sums::kParts * kColumns;
+  const uint32_t columns = blocks << p.log2_width, width = 1u << p.log2_width;
+  const uint32_t warp = threadIdx.x / 32 / Sums::kParts;
+  for (uint32_t c = (warp * 32 + threadIdx.x % 32) * kColumns; c < columns; c += kStep) {
+    const uint32_t u = c >> p.log2_width, column = c & (width - 1);
+    const uint32_t first = ((u * Sums::kInputs) << p.log2_width) + column;
+    const uint32_t which = first / 4 % 2;
+    // Where half_xor is not 0, a segment's part is a multiple of 8 vectors and steps keep the
+    // shift.
+    const float* values = reinterpret_cast<const float*>(storage.base);
+    const uint32_t start = 4 * storage.half_index(first / 8, which) + first % 4;
+    uint32_t from = start;
+    auto load = [&](int n, float (&x)[kColumns]) {
+      if (n == 0) from = start;
+      if constexpr (kColumns == 2) {
+        const float2 v = *reinterpret_cast<const float2*>(values + from);
+        x[0] = v.x;
+        x[1] = v.y;
+      } else {
+        x[0] = values[from];
+      }
+      advance(from, width / 2);
+    };
+    float acc[kColumns][Sums::kOutputs];
+    if (compiled_signs) {
+      Sums::template sum<PART>(acc, load);
+    } else if constexpr (Sums::K > 1) {
+      sum_with_given_signs<Sums, PART>(acc, p.signs, load);
+    }
+#pragma unroll
+    for (int i = 0; i < Sums::kOutputs; ++i) {
+#pragma unroll
+      // + 0: a sum that started at +0 is never -0.
+      for (int k = 0; k < kColumns; ++k) {
+        acc[k][i] = Sums::K > 1 ? __fmaf_rn(acc[k][i], p.norm, 0.0f) : __fmul_rn(acc[k][i], p.norm);
+        if (maximum) largest = max(largest, magnitude_bits(acc[k][i]));
+      }
+    }
+    if (maximum) continue;
+    const uint32_t at =
+        u * p.block_size + rank * width + column + PART * Sums::kOutputs * p.segment;
+    ColumnOutput<kColumns> output{p, quantizer, first_block * p.block_size, at, 0};
+#pragma unroll
+    for (int i = 0; i < Sums::kOutputs; ++i) {
+      float y[kColumns];
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k) y[k] = acc[k][i];
+      output.template store<false>(y);
+    }
+    if (output.marks & kNanMark) {
+      output.at = at;
+#pragma unroll
+      for (int i = 0; i < Sums::kOutputs; ++i) {
+        float y[kColumns];
+#pragma unroll
+        for (int k = 0; k < kColumns; ++k) y[k] = acc[k][i];
+        output.template store<true>(y);
+      }
+    }
+  }
+}
+
+// Runs fn<PART> for the part of the outputs that this warp has.
+template <typename Sums, int PART = 0, typename... Arguments>
+__device__ __forceinline__ void finish_part(Arguments&&... arguments) {
+  if constexpr (PART + 1 < Sums::kParts) {
+    if (threadIdx.x / 32 % Sums::kParts != PART) {
+      return finish_part<Sums, PART + 1>(arguments...);
+    }
+  }
+  finish_columns<Sums, PART>(arguments...);
+}
+
+template <typename Sums, int kCtasPerSm>
+__global__ void __launch_bounds__(kHadamardThreads, kCtasPerSm)
+    hadamard_sums_kernel(const HadamardArgs p) {
+  extern __shared__ float4 columns_smem[];
+  __shared__ uint32_t maxima[32], cluster_maxima[8];
+  const ColumnStorage storage(columns_smem, p);
+  const uint32_t rank = p.cluster > 1 ? cluster_rank() : 0;
+  grid_dependency_launch();
+  const bool compiled_signs = signs_match<Sums::K>(p.signs);
+  // Nobody writes into a CTA that has not started.
+  if (p.cluster > 1) cluster_barrier();
+  grid_dependency_wait();
+
+  const int64_t clusters = gridDim.x / p.cluster;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x / p.cluster) * p.group; first < p.blocks;
+       first += clusters * p.group) {
+    const uint32_t blocks =
+        static_cast<uint32_t>(min(static_cast<int64_t>(p.group), p.blocks - first));
+    const GroupOrigin origin{first / p.blocks_per_row.divisor,
+                             static_cast<uint32_t>(first % p.blocks_per_row.divisor)};
+    if (p.up) {
+      if (p.segment > 512) {
+        transform_segments<true, 4>(p, storage, origin, blocks, rank);
+      } else {
+        transform_segments<true, 2>(p, storage, origin, blocks, rank);
+      }
+    } else if (p.segment > 512) {
+      transform_segments<false, 4>(p, storage, origin, blocks, rank);
+    } else {
+      transform_segments<false, 2>(p, storage, origin, blocks, rank);
+    }
+    if (p.cluster > 1) {
+      cluster_barrier();
+    } else {
+      __syncthreads();
+    }
+
+    Quantizer quantizer{1.0f, p.qmin, p.qmax};
+    if (p.scaling == RowScale::kStatic) quantizer.inv_scale = __fdiv_rn(1.0f, *p.scale);
+    uint32_t largest = 0;
+    // Dynamic scales: the sums once for the largest magnitude, once more for the levels.
+    for (bool maximum = p.scaling == RowScale::kDynamic;; maximum = false) {
+      finish_part<Sums>(p, storage, first, blocks, rank, quantizer, compiled_signs, maximum,
+                        largest);
+      if (!maximum) break;
+      largest = block_max(largest, maxima);
+      if (p.cluster > 1) {
+        if (threadIdx.x < p.cluster) {
+          store_to_rank(cluster_maxima + rank, threadIdx.x, largest);
+        }
+        cluster_barrier();
+        for (int r = 0; r < p.cluster; ++r) largest = max(largest, cluster_maxima[r]);
+      }
+      const float scale = dynamic_scale(__uint_as_float(largest), p.qmax, 1.0f);
+      if (threadIdx.x == 0 && rank == 0) p.row_scale[origin.row] = scale;
+      quantizer.inv_scale = __fdiv_rn(1.0f, scale);
+    }
+    __syncthreads();  // before the next group overwrites the columns
+  }
+}
+
+// k = 1, pow2 <= 1024, no dynamic scale. Any cols that 8 divides; tiles do not cross rows.
+template <bool kSwiglu>
+__global__ void __launch_bounds__(kHadamardThreads)
+    hadamard_registers_kernel(const HadamardArgs p) {
+  constexpr int kVectors = 4;
+  const int lane = threadIdx.x % 32;
+  const uint32_t tile = blockIdx.x * (kHadamardThreads / 32) + threadIdx.x / 32;
+  const uint32_t tiles_per_row = p.vectors_per_block.divisor;
+  const uint32_t row = p.vectors_per_block.divide(tile);
+  grid_dependency_launch();
+  if (row >= p.blocks) return;
+  grid_dependency_wait();
+  const int64_t first =
+      static_cast<int64_t>(tile - row * tiles_per_row) * 256 * kVectors + 8 * lane;
+  const uint16_t* x = p.x + row * p.x_stride;
+  const uint16_t* up = p.up + row * p.up_stride;
+  float v[kVectors][8];
+  load_tile<kSwiglu>(v, x, up, p.is_bfloat16, [&](int i) {
+    const int64_t c = first + 256 * i;
+    return c < p.cols ? longlong2{c, c} : longlong2{-1, -1};
+  });
+  transform_tile(v, p.segment, lane);
+  Quantizer quantizer{1.0f, p.qmin, p.qmax};
+  if (p.scaling == RowScale::kStatic) quantizer.inv_scale = __fdiv_rn(1.0f, *p.scale);
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int64_t c = first + 256 * i;
+    if (c >= p.cols) continue;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) v[i][e] = __fmul_rn(v[i][e], p.norm);
+    const int64_t at = row * static_cast<int64_t>(p.cols) + c;
+    if (p.scaling == RowScale::kStatic) {
+      *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.out) + at) = quantize8(v[i], quantizer);
+    } else if (p.is_bfloat16) {
+      RawVector<__nv_bfloat16> raw;
+      from_floats(v[i], raw);
+      raw.store(static_cast<__nv_bfloat16*>(p.out) + at);
+    } else {
+      RawVector<__half> raw;
+      from_floats(v[i], raw);
+      raw.store(static_cast<__half*>(p.out) + at);
+    }
+  }
+}
+
+// ---- the compiled sums ----
+
+using HadamardSumsKernel = void (*)(HadamardArgs);
+
+// Defined in hadamard_instance.cuh, instantiated once each in src/inst/hadamard_*.cu.
+template <typename Sums, int kCtasPerSm>
+HadamardSumsKernel hadamard_sums_instance();
+
+}  // namespace prefixquant

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Hadamard transforms of rows on the GPU, alone or fused with SwiGLU and quantization: host
+// interface.
+//
+// Computes, for each block of block_size = pow2 * k elements of a row:
+//   v = x, or silu(gate) * up                                          float32
+//   y = (H_k (x) H_pow2) v / sqrt(pow2 k)                              float32
+//   out = y rounded to x's dtype, or clamp(rint(y * (1 / scale)), qmin, qmax) as int8
+// The order of the additions is that of cpp/kernels/hadamard.h, so that transform and levels are
+// the CPU's bit for bit; silu is within 4 ulp of float32 (ex2 and rcp of the special function
+// unit), so that a level after SwiGLU may differ by one where y / scale lies within 1e-5 of a tie.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "prefixquant/row_dtype.h"
+
+namespace prefixquant {
+
+// Arguments of one launch. Device pointers; strides in elements.
+struct RowHadamardParams {
+  const void* x = nullptr;   // [rows, cols], rows contiguous; the gate where `up` is there
+  const void* up = nullptr;  // [rows, cols], may be nullptr
+  RowDtype dtype = RowDtype::kFloat16;   // of x and up
+  int64_t x_stride = 0;                  // between rows
+  int64_t up_stride = 0;                 //
+  void* out = nullptr;                   // [rows, cols] contiguous
+  RowScale scaling = RowScale::kStatic;  // kNone: `out` has x's dtype, otherwise it is int8
+  const float* scale = nullptr;          // [] for kStatic
+  float* row_scale = nullptr;            // [rows] for kDynamic: max|y| / qmax, 1 where that is 0
+  float qmin = -8.0f;                    //
+  float qmax = 7.0f;                     //
+  const int8_t* signs = nullptr;         // [k, k] of 1 and -1, nullptr for k = 1
+  int64_t block_size = 1;                // pow2 * k; 1: no transform
+  int64_t k = 1;                         // 1, or a multiple of 4
+  int64_t rows = 0;                      //
+  int64_t cols = 0;                      // a multiple of block_size
+};
+
+// What a device can do, as far as launches depend on it.
+struct HadamardDevice {
+  int arch = 90;            // 10 * major + minor
+  int sm_count = 132;       //
+  int smem_limit = 232448;  // bytes of shared memory a block can have
+};
+
+enum class HadamardKernel : int {
+  kRegisters,  // k = 1, pow2 <= 1024: a warp transforms whole blocks in registers
+  kSums,       // any compiled k, or k = 1 and pow2 > 1024: blocks meet in shared memory once
+  kGeneric     // any k, size, dtype and alignment
+};
+
+// A launch configuration: plain data, chosen by a pure function.
+struct HadamardConfig {
+  HadamardKernel kernel = HadamardKernel::kGeneric;
+  int cluster = 1;   // CTAs that share one block
+  int group = 1;     // blocks of a CTA at a time
+  int64_t grid = 1;  // CTAs
+  int64_t smem_bytes = 0;
+};
+
+// The sizes k whose sums are compiled with constant signs; any other multiple of 4 takes kGeneric.
+// More than 60 sums do not fit a thread's registers beside the rest: `parts` warps share a column.
+struct HadamardSums {
+  int k;            // 1: butterflies of pow2 / 1024
+  int parts;        //
+  int columns;      // neighbours that a thread takes together
+  int ctas_per_sm;  // that the registers are bounded for
+};
+inline constexpr HadamardSums kHadamardSums[] = {
+    {1, 1, 2, 2},   {12, 1, 2, 3},  {20, 1, 2, 3},  {28, 1, 2, 3},  {36, 1, 1, 3},
+    {40, 1, 1, 3},  {44, 1, 1, 3},  {52, 1, 1, 2},  {60, 1, 1, 2},  {76, 2, 1, 3},
+    {108, 2, 1, 2}, {140, 4, 1, 3}, {148, 4, 1, 3}, {172, 4, 1, 3},
+};
+// nullptr where none is compiled.
+const HadamardSums* find_hadamard_sums(int64_t k);
+// Writes the sign matrix [k, k] that the kernels of k were compiled with; false where there are
+// none.
+bool compiled_hadamard_signs(int64_t k, int8_t* signs);
+
+// `vectors`: rows start at multiples of 16 bytes and 8 divides cols.
+HadamardConfig choose_hadamard_config(const RowHadamardParams& params, bool vectors,
+                                      const HadamardDevice& device);
+
+// Asynchronous on `stream`, no allocation, no synchronisation. On sm_90 and later the launch
+// overlaps the end of the kernel before it: the signs must not be written by that kernel. Throws
+// std::invalid_argument for impossible arguments (a block larger than the device's shared memory
+// among them) and std::runtime_error for CUDA errors.
+void launch_hadamard(const RowHadamardParams& params, cudaStream_t stream);
+
+}  // namespace prefixquant

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One launch with the attributes that the row-wise kernels use.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "prefixquant/check.h"
+
+namespace prefixquant {
+
+// What launches ask about the current device.
+struct CurrentDevice {
+  int arch = 0;  // 10 * major + minor: 90 for an H100
+  int sm_count = 0;
+  int smem_limit = 0;  // bytes of shared memory a block can have
+
+  CurrentDevice() {
+    int device = 0, major = 0, minor = 0;
+    PQ_CUDA_CHECK(cudaGetDevice(&device));
+    PQ_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    PQ_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    PQ_CUDA_CHECK(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device));
+    PQ_CUDA_CHECK(
+        cudaDeviceGetAttribute(&smem_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    arch = 10 * major + minor;
+  }
+};
+
+struct LaunchShape {
+  int64_t grid = 1;
+  int block = 128;
+  size_t smem = 0;
+  int cluster = 1;
+};
+
+// Launches with programmatic dependent launch where the device has it (sm_90): the kernel must wait
+// (grid_dependency_wait) before it reads or writes what earlier kernels of the stream touch.
+template <typename... Parameters, typename... Arguments>
+void launch_dependent(void (*kernel)(Parameters...), const LaunchShape& shape, int arch,
+                      cudaStream_t stream, const Arguments&... arguments) {
+  if (shape.smem > 48 * 1024) {
+    PQ_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(shape.smem)));
+  }
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = dim3(static_cast<unsigned>(shape.grid));
+  launch.blockDim = dim3(shape.block);
+  launch.dynamicSmemBytes = shape.smem;
+  launch.stream = stream;
+  launch.attrs = attributes;
+  if (shape.cluster > 1) {
+    attributes[launch.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[launch.numAttrs].val.clusterDim.x = shape.cluster;
+    attributes[launch.numAttrs].val.clusterDim.y = 1;
+    attributes[launch.numAttrs].val.clusterDim.z = 1;
+    ++launch.numAttrs;
+  }
+  if (arch >= 90) {
+    attributes[launch.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[launch.numAttrs].val.programmaticStreamSerializationAllowed = 1;
+    ++launch.numAttrs;
+  }
+  PQ_CUDA_CHECK(cudaLaunchKernelEx(&launch, kernel, Parameters(arguments)...));
+  PQ_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace prefixquant

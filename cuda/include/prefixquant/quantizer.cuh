@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The symmetric quantizer on registers: q = clamp(rint(x * inv_scale), qmin, qmax), half to even,
+// NaN to 0; the same bits as cpp/kernels/quantize.h. Every float32 operation is written as an
+// intrinsic, so that none is contracted into a fused multiply-add.
+#pragma once
+
+#include <cstdint>
+
+namespace prefixquant {
+
+struct Quantizer {
+  float inv_scale;
+  float qmin;
+  float qmax;
+};
+
+// 1.5 * 2^23: adding it to |v| < 2^22 leaves rint(v) in the low mantissa bits.
+inline constexpr float kRoundMagic = 12582912.0f;
+inline constexpr uint32_t kRoundMagicBits = 0x4B400000u;
+// Set in a NaN, clear in kRoundMagic + level.
+inline constexpr uint32_t kNanMark = 0x20000000u;
+
+// The level in the low byte of the result; a NaN leaves kNanMark. The bounds are integers, so
+// clamping before rounding gives the same level.
+__device__ __forceinline__ uint32_t rounded_bits(float x, const Quantizer& p) {
+  float v = __fmul_rn(x, p.inv_scale);
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(p.qmin));
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(p.qmax));
+  return __float_as_uint(__fadd_rn(v, kRoundMagic));
+}
+
+__device__ __forceinline__ int8_t quantize(float x, const Quantizer& p) {
+  const uint32_t bits = rounded_bits(x, p);
+  return static_cast<int8_t>(bits & kNanMark ? 0u : bits);
+}
+
+// The low bytes of four words.
+__device__ __forceinline__ uint32_t pack_low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
+// Eight levels as bytes. NaNs are looked for once for all of them: they are rare.
+__device__ __forceinline__ uint2 quantize8(const float (&x)[8], const Quantizer& p) {
+  uint32_t t[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) t[i] = rounded_bits(x[i], p);
+  if (((t[0] | t[1] | t[2] | t[3]) | (t[4] | t[5] | t[6] | t[7])) & kNanMark) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) t[i] = t[i] & kNanMark ? 0u : t[i];
+  }
+  return make_uint2(pack_low_bytes(t[0], t[1], t[2], t[3]), pack_low_bytes(t[4], t[5], t[6], t[7]));
+}
+
+// Eight levels as nibbles, even index low.
+__device__ __forceinline__ uint32_t pack_nibbles(uint2 levels) {
+  const uint32_t a = levels.x & 0x0F0F0F0Fu, b = levels.y & 0x0F0F0F0Fu;
+  return __byte_perm(a | (a >> 4), b | (b >> 4), 0x6420);
+}
+
+// max|y| / qmax of a row, 1 where that is 0; clip is a factor of the maximum.
+__device__ __forceinline__ float dynamic_scale(float abs_max, float qmax, float clip) {
+  const float scale = __fdiv_rn(__fmul_rn(clip, abs_max), qmax);
+  return scale == 0.0f ? 1.0f : scale;
+}
+
+}  // namespace prefixquant

@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The kernels behind rmsnorm_quant.h: RMSNorm, static and dynamic quantization of rows.
+//
+// Layout: a row is cut into vectors of 8 elements; vector v of a row belongs to thread v mod
+//   threads_per_row, which keeps up to kVectors of them in registers: x is read once.
+// Grid: one CTA a row of threads_per_row = blockDim.x threads; where a warp can hold a row, one
+// warp
+//   a row and 4 rows a CTA. row_quant_scalar_kernel: one CTA of 256 threads a row, any width and
+//   alignment, the row is read again for every pass.
+// Smem: 384 bytes of partial sums.
+// Limits: 8 divides cols, rows start at multiples of 16 bytes, cols <= 8 * kVectors * 1024.
+#pragma once
+
+#include "prefixquant/cp_async.cuh"
+#include "prefixquant/quantizer.cuh"
+#include "prefixquant/rmsnorm_quant.h"
+#include "prefixquant/row_reduce.cuh"
+#include "prefixquant/row_vector.cuh"
+
+namespace prefixquant {
+
+// y = (x * rstd) * weight of 8 elements; `at` is the index of the first.
+template <typename W>
+__device__ __forceinline__ void scale_by_weight(float (&v)[8], const void* weight, int64_t at) {
+  RawVector<W> raw;
+  raw.load(static_cast<const W*>(weight) + at);
+  float w[8];
+  to_floats(raw, w);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = __fmul_rn(v[i], w[i]);
+}
+
+__device__ __forceinline__ void scale_by_weight(float (&v)[8], const RowQuantParams& p,
+                                                int64_t at) {
+  switch (p.weight_dtype) {
+    case RowDtype::kFloat32:
+      return scale_by_weight<float>(v, p.weight, at);
+    case RowDtype::kBFloat16:
+      return scale_by_weight<__nv_bfloat16>(v, p.weight, at);
+    case RowDtype::kFloat16:
+      return scale_by_weight<__half>(v, p.weight, at);
+  }
+}
+
+__device__ __forceinline__ void store_levels(const float (&v)[8], const RowQuantParams& p,
+                                             const Quantizer& quantizer, int64_t at) {
+  const uint2 levels = quantize8(v, quantizer);
+  if (p.output == RowResult::kPacked) {
+    *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(p.out) + at / 2) = pack_nibbles(levels);
+  } else {
+    *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.out) + at) = levels;
+  }
+}
+
+// float32(1 / sqrt(mean + eps)); rsqrt of float64 is within an ulp of float64, so that the float32
+// differs from the correctly rounded one about once in 2^28.
+__device__ __forceinline__ float reciprocal_rms(double sum_of_squares, const RowQuantParams& p) {
+  return static_cast<float>(rsqrt(sum_of_squares / static_cast<double>(p.cols) + p.eps));
+}
+
+template <typename T,         // of x
+          int kVectors,       // vectors of a thread
+          bool kNormalize,    // RMSNorm first
+          RowScale kScaling,  // kNone: float output
+          bool kWarpRows,     // one warp a row, several rows a CTA
+          int kMaxThreads>    // of the CTA
+__global__ void __launch_bounds__(kMaxThreads) row_quant_kernel(const RowQuantParams p) {
+  __shared__ double sums[32];
+  __shared__ uint32_t maxima[32];
+  const int threads_per_row = kWarpRows ? 32 : blockDim.x;
+  const int thread = kWarpRows ? threadIdx.x % 32 : threadIdx.x;
+  const int64_t row =
+      kWarpRows ? int64_t{blockIdx.x} * (blockDim.x / 32) + threadIdx.x / 32 : blockIdx.x;
+  grid_dependency_launch();
+  if (kWarpRows && row >= p.rows) return;
+  grid_dependency_wait();
+
+  const int vectors = static_cast<int>(p.cols / 8);
+  const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+  RawVector<T> raw[kVectors];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int vector = i * threads_per_row + thread;
+    if (vector < vectors) raw[i].load(x + 8 * vector);
+  }
+  if (p.residual) {
+    T* residual = static_cast<T*>(p.residual) + row * p.residual_stride;
+    RawVector<T> before[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int vector = i * threads_per_row + thread;
+      if (vector < vectors) before[i].load(residual + 8 * vector);
+    }
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int vector = i * threads_per_row + thread;
+      if (vector >= vectors) continue;
+      float a[8], b[8];
+      to_floats(before[i], a);
+      to_floats(raw[i], b);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) a[j] = __fadd_rn(a[j], b[j]);
+      from_floats(a, raw[i]);
+      raw[i].store(residual + 8 * vector);
+    }
+  }
+
+  float rstd = 1.0f;
+  if constexpr (kNormalize) {
+    double sum = 0.0;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (i * threads_per_row + thread >= vectors) continue;
+      float v[8];
+      to_floats(raw[i], v);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const double d = v[j];
+        sum = fma(d, d, sum);  // d * d is exact
+      }
+    }
+    rstd = reciprocal_rms(kWarpRows ? warp_sum(sum) : block_sum(sum, sums), p);
+  }
+  // y of vector i
+  const auto normalized = [&](int i, float (&v)[8]) {
+    to_floats(raw[i], v);
+    if constexpr (kNormalize) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[j] = __fmul_rn(v[j], rstd);
+      if (p.weight) scale_by_weight(v, p, 8 * (i * threads_per_row + thread));
+    }
+  };
+
+  Quantizer quantizer{1.0f, p.qmin, p.qmax};
+  if constexpr (kScaling == RowScale::kStatic) quantizer.inv_scale = __fdiv_rn(1.0f, *p.scale);
+  if constexpr (kScaling == RowScale::kDynamic) {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (i * threads_per_row + thread >= vectors) continue;
+      float v[8];
+      normalized(i, v);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) largest = max(largest, magnitude_bits(v[j]));
+    }
+    largest = kWarpRows ? __reduce_max_sync(0xFFFFFFFFu, largest) : block_max(largest, maxima);
+    const float scale = dynamic_scale(__uint_as_float(largest), p.qmax, p.clip);
+    if (thread == 0) p.row_scale[row] = scale;
+    quantizer.inv_scale = __fdiv_rn(1.0f, scale);
+  }
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int vector = i * threads_per_row + thread;
+    if (vector >= vectors) continue;
+    float v[8];
+    normalized(i, v);
+    const int64_t at = row * p.cols + 8 * vector;
+    if constexpr (kScaling == RowScale::kNone) {
+      RawVector<T> rounded;
+      from_floats(v, rounded);
+      rounded.store(static_cast<T*>(p.out) + at);
+    } else {
+      store_levels(v, p, quantizer, at);
+    }
+  }
+}
+
+__device__ __forceinline__ float weight_at(const RowQuantParams& p, int64_t c) {
+  switch (p.weight_dtype) {
+    case RowDtype::kFloat32:
+      return static_cast<const float*>(p.weight)[c];
+    case RowDtype::kBFloat16:
+      return to_float(static_cast<const __nv_bfloat16*>(p.weight)[c]);
+    case RowDtype::kFloat16:
+      return to_float(static_cast<const __half*>(p.weight)[c]);
+  }
+  return 1.0f;
+}
+
+// Any width, alignment and stride.
+template <typename T>
+__global__ void __launch_bounds__(256) row_quant_scalar_kernel(const RowQuantParams p) {
+  __shared__ double sums[32];
+  __shared__ uint32_t maxima[32];
+  grid_dependency_launch();
+  grid_dependency_wait();
+  const int64_t row = blockIdx.x, first = threadIdx.x, step = blockDim.x;
+  const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+  if (p.residual) {
+    T* residual = static_cast<T*>(p.residual) + row * p.residual_stride;
+    for (int64_t c = first; c < p.cols; c += step) {
+      residual[c] = from_float<T>(__fadd_rn(to_float(residual[c]), to_float(x[c])));
+    }
+    // Pairs below belong to one thread although their elements were written by two.
+    __syncthreads();
+    x = residual;
+  }
+  float rstd = 1.0f;
+  if (p.normalize) {
+    double sum = 0.0;
+    for (int64_t c = first; c < p.cols; c += step) {
+      const double d = to_float(x[c]);
+      sum = fma(d, d, sum);
+    }
+    rstd = reciprocal_rms(block_sum(sum, sums), p);
+  }
+  const auto normalized = [&](int64_t c) {
+    float v = to_float(x[c]);
+    if (p.normalize) v = __fmul_rn(v, rstd);
+    return p.weight ? __fmul_rn(v, weight_at(p, c)) : v;
+  };
+  Quantizer quantizer{1.0f, p.qmin, p.qmax};
+  if (p.scaling == RowScale::kStatic) quantizer.inv_scale = __fdiv_rn(1.0f, *p.scale);
+  if (p.scaling == RowScale::kDynamic) {
+    uint32_t largest = 0;
+    for (int64_t c = first; c < p.cols; c += step) {
+      largest = max(largest, magnitude_bits(normalized(c)));
+    }
+    const float abs_max = __uint_as_float(block_max(largest, maxima));
+    const float scale = dynamic_scale(abs_max, p.qmax, p.clip);
+    if (first == 0) p.row_scale[row] = scale;
+    quantizer.inv_scale = __fdiv_rn(1.0f, scale);
+  }
+  switch (p.output) {
+    case RowResult::kFloat:
+      for (int64_t c = first; c < p.cols; c += step) {
+        static_cast<T*>(p.out)[row * p.cols + c] = from_float<T>(normalized(c));
+      }
+      break;
+    case RowResult::kInt8:
+      for (int64_t c = first; c < p.cols; c += step) {
+        static_cast<int8_t*>(p.out)[row * p.cols + c] = quantize(normalized(c), quantizer);
+      }
+      break;
+    case RowResult::kPacked:
+      for (int64_t c = first; c < p.cols / 2; c += step) {
+        const int low = quantize(normalized(2 * c), quantizer) & 15;
+        const int high = quantize(normalized(2 * c + 1), quantizer) & 15;
+        static_cast<uint8_t*>(p.out)[row * (p.cols / 2) + c] =
+            static_cast<uint8_t>(low | high << 4);
+      }
+      break;
+  }
+}
+
+}  // namespace prefixquant

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "prefixquant/hadamard.cuh"
+
+#include <cmath>
+
+#include "prefixquant/hadamard_generic.cuh"
+#include "prefixquant/launch.h"
+
+namespace prefixquant {
+namespace {
+
+bool aligned(const void* pointer, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % 8 == 0;
+}
+
+int log2_of(int64_t power_of_two) {
+  int result = 0;
+  while (int64_t{1} << result < power_of_two) ++result;
+  return result;
+}
+
+float norm_of(const RowHadamardParams& p) {
+  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.block_size)));
+}
+
+HadamardArgs make_args(const RowHadamardParams& p, const HadamardConfig& config) {
+  HadamardArgs a{};
+  a.x = static_cast<const uint16_t*>(p.x);
+  a.up = static_cast<const uint16_t*>(p.up);
+  a.x_stride = p.x_stride;
+  a.up_stride = p.up_stride;
+  a.out = p.out;
+  a.scaling = p.scaling;
+  a.scale = p.scale;
+  a.row_scale = p.row_scale;
+  a.qmin = p.qmin;
+  a.qmax = p.qmax;
+  a.norm = norm_of(p);
+  a.signs = p.signs;
+  a.is_bfloat16 = p.dtype == RowDtype::kBFloat16;
+  a.cols = static_cast<int>(p.cols);
+  a.block_size = static_cast<int>(p.block_size);
+  const int64_t pow2 = p.block_size / p.k;
+  a.segment = static_cast<int>(pow2 < kMaxSegment ? pow2 : kMaxSegment);
+  a.log2_segment = log2_of(a.segment);
+  a.log2_width = a.log2_segment - log2_of(config.cluster);
+  a.cluster = config.cluster;
+  a.group = config.group;
+  a.blocks = p.rows * (p.cols / p.block_size);
+  a.blocks_per_row = FastDivisor(static_cast<uint32_t>(p.cols / p.block_size));
+  a.vectors_per_block =
+      FastDivisor(static_cast<uint32_t>(p.block_size / 8 > 0 ? p.block_size / 8 : 1));
+  return a;
+}
+
+void launch_registers(const RowHadamardParams& p, const HadamardConfig& config, int arch,
+                      cudaStream_t stream) {
+  HadamardArgs a = make_args(p, config);
+  // Here a "block" of the walk is a row, cut into tiles.
+  const int64_t tiles = (p.cols + kMaxSegment - 1) / kMaxSegment;
+  PQ_REQUIRE(p.rows * tiles <= 0x7FFFFFF0,
+             "hadamard: x: expected fewer than 2^31 tiles of 1024 elements");
+  a.vectors_per_block = FastDivisor(static_cast<uint32_t>(tiles));
+  a.blocks = p.rows;
+  LaunchShape shape;
+  shape.grid = config.grid;
+  shape.block = kHadamardThreads;
+  launch_dependent(p.up ? hadamard_registers_kernel<true> : hadamard_registers_kernel<false>, shape,
+                   arch, stream, a);
+}
+
+template <int kIndex = 0>
+HadamardSumsKernel sign_sums_kernel(int64_t k) {
+  constexpr int kCount = sizeof(kHadamardSums) / sizeof(kHadamardSums[0]);
+  if constexpr (kIndex < kCount) {
+    constexpr HadamardSums kSums = kHadamardSums[kIndex];
+    if constexpr (kSums.k > 1) {
+      if (k == kSums.k) {
+        return hadamard_sums_instance<SignSums<kSums.k, kSums.parts, kSums.columns>,
+                                      kSums.ctas_per_sm>();
+      }
+    }
+    return sign_sums_kernel<kIndex + 1>(k);
+  }
+  return nullptr;
+}
+
+HadamardSumsKernel butterflies_kernel(int64_t inputs) {
+  constexpr int kCtas = kHadamardSums[0].ctas_per_sm;
+  switch (inputs) {
+    case 1:
+      return hadamard_sums_instance<Butterflies<1>, kCtas>();
+    case 2:
+      return hadamard_sums_instance<Butterflies<2>, kCtas>();
+    case 4:
+      return hadamard_sums_instance<Butterflies<4>, kCtas>();
+    case 8:
+      return hadamard_sums_instance<Butterflies<8>, kCtas>();
+    case 16:
+      return hadamard_sums_instance<Butterflies<16>, kCtas>();
+    case 32:
+      return hadamard_sums_instance<Butterflies<32>, kCtas>();
+    default:
+      return nullptr;
+  }
+}
+
+void launch_sums(const RowHadamardParams& p, const HadamardConfig& config, int arch,
+                 cudaStream_t stream) {
+  const HadamardArgs a = make_args(p, config);
+  const HadamardSumsKernel kernel =
+      p.k > 1 ? sign_sums_kernel(p.k) : butterflies_kernel(p.block_size / a.segment);
+  PQ_REQUIRE(kernel, "hadamard: no kernel is compiled for block_size " << p.block_size);
+  LaunchShape shape;
+  shape.grid = config.grid;
+  shape.block = kHadamardThreads;
+  shape.smem = config.smem_bytes;
+  shape.cluster = config.cluster;
+  launch_dependent(kernel, shape, arch, stream, a);
+}
+
+template <typename T>
+void launch_generic(const RowHadamardParams& p, const HadamardConfig& config, int arch,
+                    cudaStream_t stream) {
+  LaunchShape shape;
+  shape.grid = config.grid;
+  shape.block = kHadamardGenericThreads;
+  shape.smem = config.smem_bytes;
+  launch_dependent(hadamard_generic_kernel<T>, shape, arch, stream, p, config.group, norm_of(p));
+}
+
+}  // namespace
+
+void launch_hadamard(const RowHadamardParams& p, cudaStream_t stream) {
+  const int64_t pow2 = p.k > 0 ? p.block_size / p.k : 0;
+  PQ_REQUIRE(p.rows >= 0 && p.cols >= 1, "hadamard: x: expected rows of 1 element or more");
+  PQ_REQUIRE(pow2 > 0 && pow2 * p.k == p.block_size && (pow2 & (pow2 - 1)) == 0 &&
+                 (p.k == 1 || (p.k % 4 == 0 && p.signs)) && p.cols % p.block_size == 0,
+             "hadamard: block_size: expected a power of two times "
+                 << p.k << " that divides " << p.cols << ", got " << p.block_size);
+  if (p.rows == 0) return;
+  const CurrentDevice current;
+  const HadamardDevice device{current.arch, current.sm_count, current.smem_limit};
+  const bool vectors = p.cols % 8 == 0 && aligned(p.x, p.x_stride) &&
+                       (!p.up || aligned(p.up, p.up_stride)) && aligned(p.out, 0) &&
+                       reinterpret_cast<uintptr_t>(p.signs) % 4 == 0 && p.cols < (1 << 30);
+  const HadamardConfig config = choose_hadamard_config(p, vectors, device);
+  PQ_REQUIRE(config.smem_bytes + 512 <= device.smem_limit,
+             "hadamard: block_size: expected at most "
+                 << (device.smem_limit - 512) / 4
+                 << " elements that meet in the shared memory of this device"
+                 << (p.scaling == RowScale::kDynamic ? " (a whole row for dynamic scales)" : "")
+                 << ", got " << config.smem_bytes / 4);
+  PQ_REQUIRE(config.grid <= 0x7FFFFFFF, "hadamard: x: expected fewer than 2^31 blocks");
+  switch (config.kernel) {
+    case HadamardKernel::kRegisters:
+      return launch_registers(p, config, current.arch, stream);
+    case HadamardKernel::kSums:
+      return launch_sums(p, config, current.arch, stream);
+    case HadamardKernel::kGeneric:
+      break;
+  }
+  switch (p.dtype) {
+    case RowDtype::kFloat32:
+      return launch_generic<float>(p, config, current.arch, stream);
+    case RowDtype::kBFloat16:
+      return launch_generic<__nv_bfloat16>(p, config, current.arch, stream);
+    case RowDtype::kFloat16:
+      return launch_generic<__half>(p, config, current.arch, stream);
+  }
+}
+
+}  // namespace prefixquant

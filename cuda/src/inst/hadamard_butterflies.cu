@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "prefixquant/hadamard_instance.cuh"
+
+namespace prefixquant {
+template HadamardSumsKernel hadamard_sums_instance<Butterflies<1>, 2>();
+template HadamardSumsKernel hadamard_sums_instance<Butterflies<2>, 2>();
+template HadamardSumsKernel hadamard_sums_instance<Butterflies<4>, 2>();
+template HadamardSumsKernel hadamard_sums_instance<Butterflies<8>, 2>();
+template HadamardSumsKernel hadamard_sums_instance<Butterflies<16>, 2>();
+template HadamardSumsKernel hadamard_sums_instance<Butterflies<32>, 2>();
+}  // namespace prefixquant
