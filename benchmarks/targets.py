@@ -228,7 +228,57 @@ def kv4_attention(folder: Path) -> Iterator[Target]:
             yield Target(f"{tag}: over torch SDPA, 16-bit cache", 3.0, ratio)
 
 
+_FUSED_WIDTHS = (4096, 8192)  # hidden sizes of the 8B and 70B models
+
+
+def row_quantization(folder: Path) -> Iterator[Target]:
+    """RMSNorm + quantize and the outlier scan: bench_fused_quant.py."""
+    results = load(folder, "fused_quant")
+    if not results:
+        yield Target("fused_quant.json", 1.0, None)
+    for gpu, result in results:
+        cells = {(c["operation"], c["rows"], c["columns"]): c for c in result["cells"]}
+        for columns in _FUSED_WIDTHS:
+            tag = f"{gpu}, rmsnorm_quantize x {columns}"
+            one, many = (cells.get(("rmsnorm_quantize", m, columns)) for m in (1, 4096))
+            us = one["us"]["ours"][0] if one else None
+            yield Target(f"{tag}: 1 token", 4.0, us, " us", at_most=True)
+            share = many["% of copy"] if many else None
+            yield Target(f"{tag}: 4096 tokens, share of copy", 80.0, share, "%")
+            ratio = many["us"]["torch"][0] / many["us"]["ours"][0] if many else None
+            yield Target(f"{tag}: 4096 tokens, over torch", 4.0, ratio)
+            dynamic = cells.get(("rmsnorm_quantize_dynamic", 4096, columns))
+            ratio = dynamic["us"]["ours"][0] / many["us"]["ours"][0] if dynamic and many else None
+            yield Target(f"{tag}: static over dynamic", 1.0, ratio, decides=False)
+        scans = {(c["rows"], c["columns"]): c["% of read"] for c in result["scans"]}
+        share = scans.get((65536, 14336))
+        yield Target(f"{gpu}, outlier_scan 65536 x 14336: share of read", 80.0, share, "%")
+
+
+def swiglu_hadamard(folder: Path) -> Iterator[Target]:
+    """SwiGLU + Hadamard + quantize: bench_hadamard.py."""
+    results = load(folder, "hadamard")
+    if not results:
+        yield Target("hadamard.json", 1.0, None)
+    for gpu, result in results:
+        cells = {(c["rows"], c["columns"], c["block"]): c for c in result["cells"]}
+        for columns in sorted({c["columns"] for c in result["cells"]}):
+            decides = columns in (8192, 14336, 28672)
+            name, tag = "swiglu_hadamard_quantize", f"{gpu}, swiglu_hadamard_quantize x {columns}"
+            one, many = (cells.get((m, columns, columns)) for m in (1, 4096))
+            us = one["us"][name][0] if one else None
+            yield Target(f"{tag}: 1 token", 4.0, us, " us", decides, at_most=True)
+            share = many["% of copy"][name] if many else None
+            yield Target(f"{tag}: 4096 tokens, share of copy", 80.0, share, "%", decides)
+            ratio = many["us"]["torch"][0] / many["us"][name][0] if many else None
+            yield Target(f"{tag}: 4096 tokens, over torch", 4.0, ratio, "x", decides)
+            ratio = many["us"][f"{name}_dynamic"][0] / many["us"][name][0] if many else None
+            yield Target(f"{tag}: static over dynamic", 1.0, ratio, decides=False)
+
+
 def fused(folder: Path) -> Iterator[Target]:
+    yield from row_quantization(folder)
+    yield from swiglu_hadamard(folder)
     yield from kv4_attention(folder)
 
 
