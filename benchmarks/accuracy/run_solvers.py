@@ -46,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=0)
     parser.add_argument("--compensation", type=float, default=0.0)
     parser.add_argument("--samples", type=int, default=RecipeConfig().search_samples)
+    parser.add_argument("--blocks", type=int, help="quantize the first so many only")
     parser.add_argument("--no-rotations", action="store_true")
     parser.add_argument(
         "--prefix", nargs="+", type=int, help="token ids; default: the verified prefix, searched"
@@ -62,6 +63,7 @@ def file_name(arguments: argparse.Namespace) -> str:
     parts += [f"g{arguments.group_size}"] if arguments.group_size else []
     parts += ["compensated"] if arguments.compensation else []
     parts += ["unrotated"] if arguments.no_rotations else []
+    parts += [f"blocks{arguments.blocks}"] if arguments.blocks else []
     return "-".join(parts) + ".json"
 
 
@@ -92,7 +94,7 @@ class Compared:
 
 @torch.no_grad()
 def quantize(
-    bench: Workbench, setting: Setting, solver: WeightSolver | Compared
+    bench: Workbench, setting: Setting, solver: WeightSolver | Compared, count: int | None
 ) -> tuple[Simulated, list[dict[str, float]]]:
     """The fake-quantized model, and per block the relative error of each linear."""
     decoder = bench.decoder(setting)
@@ -102,6 +104,10 @@ def quantize(
     streams, rope = Streams(embedded, embedded.clone()), decoder.rope(length)
     errors = []
     for index in range(len(decoder)):
+        if count is not None and index >= count:
+            made.blocks.append(decoder.block(index))
+            made.scales.append(None)
+            continue
         done = calibrate_block(
             decoder.block(index),
             decoder.shape,
@@ -128,14 +134,16 @@ def float_perplexity(bench: Workbench) -> float:
     return math.exp(torch.cat(losses).mean().item())
 
 
-def measure(bench: Workbench, setting: Setting, solver: WeightSolver) -> dict:
+def measure(
+    bench: Workbench, setting: Setting, solver: WeightSolver, count: int | None = None
+) -> dict:
     """One row of the table."""
     cuda = bench.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     compared = Compared(solver) if solver.name.startswith("quantease") else None
     start = time.monotonic()
-    model, errors = quantize(bench, setting, compared or solver)
+    model, errors = quantize(bench, setting, compared or solver, count)
     if cuda:
         torch.cuda.synchronize()
     seconds = time.monotonic() - start - (compared.seconds if compared else 0)
@@ -177,7 +185,7 @@ def main() -> None:
             compensation=arguments.compensation,
             samples=arguments.samples,
         )
-        row = measure(bench, setting, solver)
+        row = measure(bench, setting, solver, arguments.blocks)
         rows.append(row)
         sys.stdout.write(
             f"w{arguments.bits} {text}: PPL {row['ppl']:.3f}  KL {row['kl']:.4f}  layer error "
@@ -195,6 +203,7 @@ def save(arguments: argparse.Namespace, bench: Workbench, floor: float, rows: li
         "bits": arguments.bits,
         "group_size": arguments.group_size,
         "compensation": arguments.compensation,
+        "blocks": arguments.blocks,
         "rotations": not arguments.no_rotations,
         "samples": [arguments.samples, RecipeConfig().search_seqlen],
         "float_ppl": floor,
