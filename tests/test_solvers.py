@@ -144,9 +144,10 @@ def test_quantized_sweeps_and_scale_fits_never_raise_the_objective(bits, group_s
         state.sweep()
         after = state.errors()
         assert (after <= before + rounding).all()
-        state.refit_scales()
+        told = state.refit_scales()
         before, after = after, state.errors()
         assert (after <= before + rounding).all()
+        torch.testing.assert_close(told, after, rtol=1e-4, atol=1e-5)
         before = after
     assert state.levels.min() >= qrange(bits)[0]
     assert state.levels.max() <= qrange(bits)[1]
@@ -307,3 +308,16 @@ def test_scale_fit_leaves_free_values_alone():
     assert (state.errors() <= before * (1 + 1e-5)).all()
     expected = state.levels * state.column_scales() - weight.T
     torch.testing.assert_close(state.delta, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("group_size", [0, 96])
+def test_scale_fit_is_least_squares(group_size):
+    """Against float64; one scale a row goes another way than groups do (96 columns: one group)."""
+    weight, hessian = layer()
+    start = solve_rtn(weight, 3, hessian, group_size=group_size)
+    free = torch.zeros_like(weight, dtype=torch.bool) if group_size else None
+    state = Descent(weight, start.q, start.scale * 1.3, 3, hessian, free)
+    state.refit_scales()
+    u, wide = start.q.double(), hessian.double()
+    expected = ((weight.double() @ wide) * u).sum(1) / ((u @ wide) * u).sum(1)
+    torch.testing.assert_close(state.scale[0], expected.float(), rtol=1e-4, atol=0)

@@ -89,8 +89,7 @@ def descend(
 def _step(state: "Descent", kept: "_Best", relaxed: bool) -> None:
     state.sweep(relaxed)
     if not relaxed:
-        state.refit_scales()
-        kept.update(state)
+        kept.update(state, state.refit_scales())
 
 
 class Replayed:
@@ -143,8 +142,7 @@ class _Best:
         self.scale = state.scale.clone()
         self.errors = state.errors()
 
-    def update(self, state: "Descent") -> None:
-        errors = state.errors()
+    def update(self, state: "Descent", errors: Tensor) -> None:
         better = errors < self.errors
         for kept, new in (
             (self.levels, state.levels),
@@ -180,6 +178,7 @@ class Descent:
         self.free = None if free is None else free.T.contiguous()
         self.length = len(self.target) // len(self.scale)
         self.delta = self.levels * self.column_scales() - self.target
+        self.moved_target: Tensor | None = None  # H W^T, made when it is first needed
         self.curvature = hessian.diagonal()[:, None]
         # For each block of columns: what a change of column i does to the best value of column j,
         # -H_ij / H_jj, and the changes of a relaxed sweep for a gradient, -tril(H)^-1.
@@ -225,9 +224,15 @@ class Descent:
                 )
             torch.addcmul(-self.target[block], self.levels[block], steps, out=self.delta[block])
 
-    def refit_scales(self) -> None:
+    def refit_scales(self) -> Tensor:
         """Each scale to the minimum of the objective for the integers and free values as they are:
-        ``s <- s - (d H u^T) / (u H u^T)`` over the columns of its group, where that is above 0."""
+        ``s <- s - (d H u^T) / (u H u^T)`` over the columns of its group, where that is above 0.
+
+        Returns:
+            `errors` afterwards.
+        """
+        if len(self.scale) == 1 and self.free is None:
+            return self._refit_rows()
         for group in range(len(self.scale)):
             columns = slice(group * self.length, (group + 1) * self.length)
             levels = self.levels[columns]
@@ -236,10 +241,31 @@ class Descent:
             curvature = ((self.hessian[columns, columns] @ u) * u).sum(dim=0)
             slope = ((self.hessian[columns] @ self.delta) * u).sum(dim=0)
             old = self.scale[group].clone()
-            new = old - slope / curvature
-            # A row of zeros has no curvature, and a scale must not leave the range of a float.
-            new = torch.where((curvature > 0) & (new > 0.1 * old) & (new < 10 * old), new, old)
+            new = _fitted(old, slope, curvature)
             self.scale[group] = new
             self.delta[columns].addcmul_(u, new - old)
             if free is not None:
                 self.levels[columns] = torch.where(free, levels * (old / new), levels)
+        return self.errors()
+
+    def _refit_rows(self) -> Tensor:
+        """The same for one scale a row, by one product with H in place of three: H u follows from
+        H d, since u s = d + W."""
+        if self.moved_target is None:
+            self.moved_target = self.hessian @ self.target
+        moved = self.hessian @ self.delta
+        old = self.scale[0].clone()
+        curvature = ((moved + self.moved_target) * self.levels).sum(dim=0) / old
+        slope = (moved * self.levels).sum(dim=0)
+        errors = (moved * self.delta).sum(dim=0)
+        new = _fitted(old, slope, curvature)
+        step = new - old
+        self.scale[0] = new
+        self.delta.addcmul_(self.levels, step)
+        return errors + (2 * slope + curvature * step) * step
+
+
+def _fitted(old: Tensor, slope: Tensor, curvature: Tensor) -> Tensor:
+    new = old - slope / curvature
+    # A row of zeros has no curvature, and a scale must not leave the range of a float.
+    return torch.where((curvature > 0) & (new > 0.1 * old) & (new < 10 * old), new, old)
