@@ -159,7 +159,7 @@ void rope_kv_append_cuda(const TensorView& qkv, const TensorView& cos, const Ten
   if (p.tokens == 0) return;
   PQ_CHECK(check.op, p.page_size > 0, "k_cache: expected at least one row in a page, got shape ",
            k_cache.shape_text());
-  launch_rope_kv_append(p, device_info_of(device).sm_count, as_stream(stream));
+  launch_rope_kv_append(p, device_info_of(device), as_stream(stream));
 }
 
 void kv_quantize_cuda(const std::string& op, const TensorView& x, const TensorView& scale,

@@ -24,7 +24,8 @@ struct RopeKvAppendArgs {
   RopeKvAppendParams p;
   HeadRotation rotation;
   int heads_per_warp;
-  int units;  // of a token
+  int units;     // of a token
+  bool overlap;  // with the kernel ahead: sm_90 and later
 };
 
 template <typename T, typename Row>
@@ -99,7 +100,7 @@ void launch_rows(const RopeKvAppendArgs& args, cudaStream_t stream) {
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
-  config.numAttrs = 1;
+  config.numAttrs = args.overlap ? 1 : 0;
   PQ_CUDA_CHECK(cudaLaunchKernelEx(&config, rope_kv_append_kernel<T, Row>, args));
 }
 
@@ -136,7 +137,8 @@ void launch_dtype(const RopeKvAppendArgs& args, cudaStream_t stream) {
 
 }  // namespace
 
-void launch_rope_kv_append(const RopeKvAppendParams& p, int sm_count, cudaStream_t stream) {
+void launch_rope_kv_append(const RopeKvAppendParams& p, const DeviceInfo& device,
+                           cudaStream_t stream) {
   if (p.tokens == 0) return;
   PQ_REQUIRE(p.dim > 0 && p.dim % 2 == 0 && p.dim <= kMaxDim,
              "rope_kv_append: k_cache: expected an even head dimension of at most "
@@ -145,9 +147,10 @@ void launch_rope_kv_append(const RopeKvAppendParams& p, int sm_count, cudaStream
   args.p = p;
   args.rotation = {p.signs, p.sign_size, p.rotation_size,
                    static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.rotation_size)))};
+  args.overlap = device.arch >= 90;
   const int all_heads = p.heads + 2 * p.kv_heads;
-  const bool few =
-      static_cast<int64_t>(p.tokens) * all_heads <= static_cast<int64_t>(sm_count) * kWarpsToFill;
+  const bool few = static_cast<int64_t>(p.tokens) * all_heads <=
+                   static_cast<int64_t>(device.sm_count) * kWarpsToFill;
   args.heads_per_warp = few ? 1 : kHeadsPerWarp;
   args.units = (all_heads + args.heads_per_warp - 1) / args.heads_per_warp;
   PQ_REQUIRE(static_cast<int64_t>(p.tokens) * args.units / kWarps < (int64_t{1} << 31) - 1,

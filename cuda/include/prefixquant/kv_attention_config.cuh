@@ -2,7 +2,6 @@
 // Which kernel configuration runs a cache format and head dimension.
 #pragma once
 
-#include "prefixquant/device_info.h"
 #include "prefixquant/kv_attention_launch.cuh"
 
 namespace prefixquant {
@@ -35,11 +34,9 @@ template <KvFormat kFormat, int kDim>
 void launch_kv_attention_dim(const KvAttentionGpuParams& p, const DeviceInfo& device,
                              cudaStream_t stream) {
   if (device.arch >= 90) {
-    launch_kv_attention_config<typename KvBulkChoice<kFormat, kDim>::Config>(p, device.sm_count,
-                                                                             stream);
+    launch_kv_attention_config<typename KvBulkChoice<kFormat, kDim>::Config>(p, device, stream);
   } else {
-    launch_kv_attention_config<typename KvCpAsyncChoice<kFormat, kDim>::Config>(p, device.sm_count,
-                                                                                stream);
+    launch_kv_attention_config<typename KvCpAsyncChoice<kFormat, kDim>::Config>(p, device, stream);
   }
 }
 

@@ -15,11 +15,7 @@ inline constexpr int kKvChunkShift = 6;
 // What a CTA loses between two rows, in tokens: measured, see docs/kernels/kv_attention.md.
 inline constexpr int kKvSwitchTokens = 512;
 // Bytes of K and V that a CTA asks L2 for before the kernels ahead have finished.
-#ifdef PQ_PF
-inline int kKvPrefetchBytes = 0;
-#else
 inline constexpr int kKvPrefetchBytes = 64 << 10;
-#endif
 
 inline int kv_column_groups(const KvAttentionGpuParams& p) {
   return (p.tokens * p.group + kKvColumns - 1) / kKvColumns;
@@ -86,13 +82,14 @@ inline int64_t kv_attention_chunks(const KvAttentionGpuParams& p) {
 }
 
 template <typename C>
-void launch_kv_attention_config(const KvAttentionGpuParams& p, int sm_count, cudaStream_t stream) {
+void launch_kv_attention_config(const KvAttentionGpuParams& p, const DeviceInfo& device,
+                                cudaStream_t stream) {
   const KvAttentionArgs args = make_kv_attention_args(p, C::kTokens, C::kTokens * C::kWarps);
   const int smem = kv_attention_smem_bytes<C>(args.merge_columns);
   const int64_t chunks = kv_attention_chunks(p);
   PQ_REQUIRE(chunks < (int64_t{1} << 31),
              "kv_attention: " << chunks << " chunks of tokens are more than 2^31 - 1");
-  const int grid = static_cast<int>(std::min<int64_t>(chunks, sm_count));
+  const int grid = static_cast<int>(std::min<int64_t>(chunks, device.sm_count));
   const auto kernel = kv_attention_kernel<C>;
   PQ_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
   cudaLaunchConfig_t config{};
@@ -104,7 +101,7 @@ void launch_kv_attention_config(const KvAttentionGpuParams& p, int sm_count, cud
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
-  config.numAttrs = 1;
+  config.numAttrs = device.arch >= 90 ? 1 : 0;  // older ones do not know it
   PQ_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
 }
 

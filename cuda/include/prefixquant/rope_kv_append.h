@@ -55,6 +55,7 @@ struct RopeKvAppendParams {
 };
 
 // D is even, at most 1024. Asynchronous on `stream`; usable in a CUDA graph.
-void launch_rope_kv_append(const RopeKvAppendParams& params, int sm_count, cudaStream_t stream);
+void launch_rope_kv_append(const RopeKvAppendParams& params, const DeviceInfo& device,
+                           cudaStream_t stream);
 
 }  // namespace prefixquant
