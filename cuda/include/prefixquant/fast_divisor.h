@@ -25,6 +25,11 @@ struct FastDivisor {
   __device__ __forceinline__ uint32_t divide(uint32_t n) const {
     return (__umulhi(n, multiplier) + n) >> shift;
   }
+  __device__ __forceinline__ int divide(int n, int& remainder) const {
+    const int quotient = static_cast<int>(divide(static_cast<uint32_t>(n)));
+    remainder = n - quotient * static_cast<int>(divisor);
+    return quotient;
+  }
 #endif
 };
 

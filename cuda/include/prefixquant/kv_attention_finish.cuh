@@ -37,7 +37,7 @@ __device__ __forceinline__ void store_output(const KvAttentionArgs& a, const KvR
                                              int column, int channel, const float (&o)[kPerLane],
                                              float total, float v_scale) {
   const float factor = total == 0.0f ? 0.0f : v_scale / total;
-  const int64_t query_heads = static_cast<int64_t>(a.kv_heads) * a.group.divisor;
+  const int64_t query_heads = static_cast<int64_t>(a.kv_heads) * a.group;
   const int64_t at =
       ((static_cast<int64_t>(row.b) * a.tokens + row.token(a, column)) * query_heads +
        row.query_head(a, column)) *

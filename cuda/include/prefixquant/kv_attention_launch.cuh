@@ -38,7 +38,7 @@ inline KvAttentionArgs make_kv_attention_args(const KvAttentionGpuParams& p, int
              p.v_strides[1],
              p.block_table,
              p.block_table_stride,
-             FastDivide(p.page_size),
+             FastDivisor(p.page_size),
              p.pages,
              run};
   a.prefetch_bytes = kKvPrefetchBytes;
@@ -51,8 +51,7 @@ inline KvAttentionArgs make_kv_attention_args(const KvAttentionGpuParams& p, int
             kKvChunkShift,
             std::max(1, round_tokens >> kKvChunkShift),
             kKvSwitchTokens >> kKvChunkShift,
-            FastDivide(p.kv_heads * groups),
-            FastDivide(groups)};
+            FastDivisor(groups)};
   a.k_scale = p.k_scale;
   a.v_scale = p.v_scale;
   a.prefix_k = p.prefix_k;
@@ -63,7 +62,8 @@ inline KvAttentionArgs make_kv_attention_args(const KvAttentionGpuParams& p, int
   std::copy(p.mask_strides, p.mask_strides + 3, a.mask_strides);
   a.tokens = p.tokens;
   a.kv_heads = p.kv_heads;
-  a.group = FastDivide(p.group);
+  a.group = p.group;
+  a.by_group = FastDivisor(p.group);
   a.merge_columns = std::min(kKvColumns, p.tokens * p.group);
   a.logit_scale = p.scaling * 1.44269504088896341f;
   a.out = p.out;

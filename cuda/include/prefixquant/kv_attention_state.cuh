@@ -31,7 +31,8 @@ struct KvAttentionArgs {
   int64_t mask_strides[3];
   int tokens;
   int kv_heads;
-  FastDivide group;    // query heads of a KV head
+  int group;  // query heads of a KV head
+  FastDivisor by_group;
   int prefetch_bytes;  // of a CTA before the kernels ahead have finished
   int merge_columns;   // columns that the merge area has room for
   float logit_scale;   // scaling * log2(e)
@@ -104,14 +105,15 @@ struct KvRow {
       : b(s.b),
         head(s.head),
         first_column(s.group * kKvColumns),
-        columns(min(kKvColumns, a.tokens * a.group.divisor - first_column)) {}
+        columns(min(kKvColumns, a.tokens * a.group - first_column)) {}
   __device__ __forceinline__ int token(const KvAttentionArgs& a, int column) const {
-    return a.group.divide(first_column + column);
+    int in_group;
+    return a.by_group.divide(first_column + column, in_group);
   }
   __device__ __forceinline__ int query_head(const KvAttentionArgs& a, int column) const {
     int in_group;
-    a.group.divide(first_column + column, in_group);
-    return head * a.group.divisor + in_group;
+    a.by_group.divide(first_column + column, in_group);
+    return head * a.group + in_group;
   }
   __device__ __forceinline__ int64_t q_offset(const KvAttentionArgs& a, int column) const {
     return b * a.q_strides[0] + token(a, column) * a.q_strides[1] +

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "prefixquant/cp_async.cuh"
-#include "prefixquant/fast_divide.h"
+#include "prefixquant/fast_divisor.h"
 #include "prefixquant/kv_attention.h"
 #include "prefixquant/mbarrier.cuh"
 #include "prefixquant/tma.cuh"
@@ -23,7 +23,7 @@ struct KvCacheView {
   int64_t v_page_stride, v_head_stride;
   const int32_t* block_table;
   int64_t block_table_stride;
-  FastDivide page_size;
+  FastDivisor page_size;
   int64_t pages;
   int run;  // rows from a multiple of `run` on lie in one page; a power of two
 };

@@ -14,7 +14,7 @@
 
 #include <cstdint>
 
-#include "prefixquant/fast_divide.h"
+#include "prefixquant/fast_divisor.h"
 
 namespace prefixquant {
 
@@ -24,13 +24,12 @@ struct KvRowShape {
   int batch;
   int kv_heads;
   int column_groups;
-  int chunk_shift;              // log2 of the tokens of a chunk
-  int least_chunks;             // of a segment of the first way: shorter ones do not fill the warps
-  int switch_chunks;            // what the switch from row to row costs
-  FastDivide heads_and_groups;  // kv_heads * column_groups
-  FastDivide groups;            // column_groups
+  int chunk_shift;        // log2 of the tokens of a chunk
+  int least_chunks;       // of a segment of the first way: shorter ones do not fill the warps
+  int switch_chunks;      // what the switch from row to row costs
+  FastDivisor by_groups;  // column_groups
 
-  __device__ __forceinline__ int rows_per_sequence() const { return heads_and_groups.divisor; }
+  __device__ __forceinline__ int rows_per_sequence() const { return kv_heads * column_groups; }
 };
 
 __device__ __forceinline__ int kv_length(const KvRowShape& shape, int b) {
@@ -205,7 +204,7 @@ __device__ __forceinline__ KvSegment kv_first_segment(const KvRowShape& shape, K
   }
   if (!found) return s;  // more CTAs than segments
   const int row = (begin - before) / row_units, unit = begin - before - row * row_units;
-  s.head = shape.groups.divide(row, s.group);
+  s.head = shape.by_groups.divide(row, s.group);
   if (split > 0) {
     s.first = unit * s.row_chunks / row_units;
     s.last = (unit + 1) * s.row_chunks / row_units;
