@@ -10,9 +10,8 @@ import sys
 from openai import OpenAI
 
 
-def main(question: str, url: str = "http://127.0.0.1:8000/v1") -> None:
+def main(model: str, question: str, url: str = "http://127.0.0.1:8000/v1") -> None:
     client = OpenAI(base_url=url, api_key="none")
-    model = client.models.list().data[0].id
     parts = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": question}],

@@ -79,8 +79,7 @@ def complete(text):
 
 def check_completions(api, checkpoint):
     """Whole and streamed, both ways of asking: the text of plain `generate`."""
-    model = str(checkpoint)
-    arguments = {"model": model, "max_tokens": 7, "temperature": 0, "seed": 0}
+    arguments = {"model": checkpoint.name, "max_tokens": 7, "temperature": 0, "seed": 0}
     wanted = expected(checkpoint, PROMPT, 7)
     whole = api.completions.create(prompt=PROMPT, **arguments)
     assert whole.choices[0].text == wanted
@@ -117,7 +116,8 @@ def test_client(checkpoint, needs_packages):
     try:
         wait_until_up(port, lambda: process.poll() is None)
         check_completions(client(port), checkpoint)
-        example = [sys.executable, str(ROOT / "examples" / "chat_client.py"), PROMPT]
+        client_code = str(ROOT / "examples" / "chat_client.py")
+        example = [sys.executable, client_code, checkpoint.name, PROMPT]
         shown = subprocess.run(
             [*example, f"http://127.0.0.1:{port}/v1"], capture_output=True, check=True
         )

@@ -364,13 +364,15 @@ def serve(
 ) -> None:
     """Serve a checkpoint to OpenAI clients, streaming included (on `transformers serve`)."""
     from prefixquant.checkpoint import is_prefixquant_checkpoint
-    from prefixquant.integrations.serve import has_chat_template, start_server
+    from prefixquant.integrations.serve import has_chat_template, model_name, start_server
 
     if log_level not in ("debug", "info", "warning", "error"):
         raise UserError(f"--log-level: expected debug, info, warning or error, got {log_level!r}")
     _device(device)
     if is_prefixquant_checkpoint(checkpoint) and not has_chat_template(checkpoint):
         typer.echo("no chat template: /v1/completions works, /v1/chat/completions not", err=True)
+    if is_prefixquant_checkpoint(checkpoint):
+        typer.echo(f"http://{host}:{port}/v1, model {model_name(checkpoint)!r}", err=True)
     start_server(checkpoint, host=host, port=port, device=device, seed=seed, log_level=log_level)
 
 

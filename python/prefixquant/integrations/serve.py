@@ -7,6 +7,7 @@ continuous batching is off: it knows only attention without a prefix, and keeps 
 """
 
 import contextlib
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -37,19 +38,30 @@ def start_server(
     if not is_prefixquant_checkpoint(target):
         raise UserError(f"{target}: expected a prefixquant checkpoint to serve")
     read_checkpoint(target, check_values=False)  # what is wrong with it is said before a port opens
-    folder = str(Path(target).resolve())
-    if "@" in folder:
-        raise UserError(f"{folder}: transformers serve takes what follows an @ for a revision")
+    name = model_name(target)
+    if "@" in name:
+        raise UserError(f"{target}: transformers serve takes what follows an @ for a revision")
     port = _free_port(host, port)
     serve = _serve_class()
-    serve(
-        force_model=folder,
-        host=host,
-        port=port,
-        device=device,
-        default_seed=seed,
-        log_level=log_level,
-    )
+    # Clients have to name the model as the server loads it: from beside it, by its folder's name.
+    before = Path.cwd()
+    os.chdir(Path(target).resolve().parent)
+    try:
+        serve(
+            force_model=name,
+            host=host,
+            port=port,
+            device=device,
+            default_seed=seed,
+            log_level=log_level,
+        )
+    finally:
+        os.chdir(before)
+
+
+def model_name(target: str) -> str:
+    """What clients call the model: the name of its folder."""
+    return Path(target).resolve().name
 
 
 def has_chat_template(target: str) -> bool:

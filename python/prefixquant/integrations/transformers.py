@@ -110,13 +110,15 @@ class PrefixQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from prefixquant.modeling.load import default_dtype, fill_model
+        from prefixquant.modeling.parallel import shard_of
 
         model._modules.update(self._children)
         self._children = {}
         dtype = default_dtype(self._device, self.checkpoint)
         if self._device.type != "cpu" and self._dtype in (torch.float16, torch.bfloat16):
             dtype = self._dtype
-        return fill_model(model, self.checkpoint, self._device, dtype).eval()
+        shard = shard_of(model.config)
+        return fill_model(model, self.checkpoint, self._device, dtype, shard).eval()
 
     # ------------------------------------------------------------ saving
 

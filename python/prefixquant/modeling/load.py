@@ -2,6 +2,7 @@
 """From a checkpoint on the disk to a transformers model that runs on packed weights."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from prefixquant.modeling.linear import (
     SixteenBitHead,
     SparseOutliers,
 )
+from prefixquant.modeling.parallel import Shard, ShardedTensors, add_up
 from prefixquant.packing import OUTLIER_INDEX, OUTLIER_VALUE
 from prefixquant.roles import POINTS, Roles, model_blocks, model_roles
 
@@ -78,10 +80,15 @@ def default_dtype(device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
 
 
 def fill_model(
-    model: nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    shard: Shard | None = None,
 ) -> nn.Module:
     """Replaces the modules of a transformers skeleton (its tensors are not read: they may be meta)
-    by those of the checkpoint, and installs the hooks that generation needs."""
+    by those of the checkpoint, and installs the hooks that generation needs. With ``shard`` the
+    model is that of one rank of several."""
     from prefixquant.integrations.transformers import attach_quantizer
 
     if checkpoint.quantization.kv_mode == "dynamic":
@@ -91,8 +98,14 @@ def fill_model(
         )
     roles = model_roles(model.config)
     builder = _Builder(checkpoint, roles, model.config, device, dtype)
+    if shard is not None:
+        shard.check(checkpoint)
+        builder.tensors = ShardedTensors(checkpoint.tensors, roles, shard)
+        builder.kv_heads //= shard.size
     for index, block in enumerate(model_blocks(model, roles)):
         builder.fill_block(block, index)
+        if shard is not None:
+            add_up(block, roles, shard)
     builder.fill_ends(model)
     _install_cache(model, roles)
     _refuse_other_attention(model, roles)
@@ -130,7 +143,8 @@ class _Builder:
         device: torch.device,
         dtype: torch.dtype,
     ):
-        self.tensors = checkpoint.tensors
+        self.tensors: Mapping[str, Tensor] = checkpoint.tensors
+        self.kv_heads = checkpoint.sizes.num_kv_heads
         self.quantization = checkpoint.quantization
         self.scheme: Scheme = checkpoint.quantization.scheme
         self.roles = roles
@@ -208,9 +222,7 @@ class _Builder:
         if self.quantization.prefix_token_ids:
             prefix = [self.tensor(f"{name}.prefix_{part}") for part in ("key", "value")]
         else:
-            empty = torch.zeros(
-                self.config.num_key_value_heads, 0, module.head_dim, device=self.device
-            )
+            empty = torch.zeros(self.kv_heads, 0, module.head_dim, device=self.device)
             prefix = [empty, empty]
         module.kv_quantizer = KVQuantizer(
             bits,
