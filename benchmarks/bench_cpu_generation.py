@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens per second on the CPU: prefill of 512 tokens and greedy decode, ours beside transformers.
+"""Tokens per second on the CPU: prefill of 512 tokens and greedy decode, ours beside its peers.
 
-Every model is a transformers model under the same loop: one forward over the prompt, then one
-forward a token on the growing cache. Models are measured in turns, round after round, so that a
-disturbance of the machine meets all of them; the best round of each is reported, with the spread.
+The runtime generates by itself. Transformers models run under one loop: a forward over the prompt,
+then a forward a token on the growing cache; the checkpoint does so too, as `prefixquant.load` gives
+it. llama.cpp (llama-cpp-python) is measured where it is installed and the model is a .gguf file.
+Models are measured in turns, round after round, so that a disturbance of the machine meets all of
+them; the best round of each is reported, with the spread.
 
     python benchmarks/bench_cpu_generation.py --model MODEL.gguf --checkpoint CKPT [...]
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -17,13 +20,49 @@ from pathlib import Path
 import prefixquant
 import torch
 from prefixquant import _C
+from prefixquant.bench import runtime_generate
 from prefixquant.doctor import environment
 from prefixquant.loading import load_float_model
+from prefixquant.runtime import Runtime
 from prefixquant.workflow import saved_configs
 from provenance import ROOT, commit
 
 
-def measure(model, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+def measure_runtime(runtime: Runtime):
+    """A function (prompt, new_tokens) -> (prefill tokens/s, decode tokens/s)."""
+    generate = runtime_generate(runtime)
+
+    def measure(prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+        prefill, decode = generate(prompt, new_tokens + 1)
+        return prompt.shape[1] / prefill, new_tokens / decode
+
+    return measure
+
+
+def measure_llama_cpp(path: str, threads: int):
+    """The same of llama.cpp, or None where it is not installed or cannot read the file."""
+    try:
+        from llama_cpp import Llama
+    except ImportError:
+        return None
+    if not path.endswith(".gguf"):
+        return None
+    model = Llama(path, n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def measure(prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+        model.reset()
+        start = time.perf_counter()
+        model.eval(prompt[0].tolist())
+        prefill = time.perf_counter() - start
+        start = time.perf_counter()
+        for _ in range(new_tokens):
+            model.eval([model.sample(temp=0.0)])
+        return prompt.shape[1] / prefill, new_tokens / (time.perf_counter() - start)
+
+    return measure
+
+
+def measure_transformers(model, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
     """(prefill tokens/s, decode tokens/s)"""
     start = time.perf_counter()
     output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
@@ -48,20 +87,30 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/cpu")
     arguments = parser.parse_args()
 
-    models = {}
+    models, vocabulary = {}, 0
     for path in arguments.checkpoint:
         scheme = str(saved_configs(path)[1].scheme).upper()
-        models[f"prefixquant {scheme}"] = prefixquant.load(path)
+        for head_bits in (8, 16):
+            runtime = prefixquant.Runtime.from_checkpoint(path, head_bits=head_bits)
+            name = f"prefixquant {scheme}, runtime, {head_bits}-bit lm_head"
+            models[name] = measure_runtime(runtime)
+            vocabulary = runtime.weights.geometry.vocab
+        models[f"prefixquant {scheme}, transformers"] = functools.partial(
+            measure_transformers, prefixquant.load(path)
+        )
     for name in ("float32", "bfloat16"):
-        models[f"transformers {name}"] = load_float_model(arguments.model, getattr(torch, name))[0]
-    vocabulary = next(iter(models.values())).config.vocab_size
+        model = load_float_model(arguments.model, getattr(torch, name))[0]
+        models[f"transformers {name}"] = functools.partial(measure_transformers, model)
+    llama_cpp = measure_llama_cpp(arguments.model, torch.get_num_threads())
+    if llama_cpp is not None:
+        models["llama.cpp"] = llama_cpp
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(vocabulary, (1, arguments.prompt_tokens), generator=generator)
 
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for index in range(arguments.rounds + 1):
-        for name, model in models.items():
-            result = measure(model, prompt, arguments.new_tokens)
+        for name, measure in models.items():
+            result = measure(prompt, arguments.new_tokens)
             if index:  # the first round warms up
                 rounds[name].append(result)
 

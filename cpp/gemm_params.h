@@ -46,6 +46,12 @@ struct GemmParams {
   int8_t* x_tail;    // [m, 64]: x[m, k / 64 * 64 ..], zero-padded; unused where 64 divides k
 };
 
+// Outputs [first, last) of every row.
+struct OutputRange {
+  int64_t first;
+  int64_t last;
+};
+
 // A buffer of at least `bytes`, 64-byte aligned, that belongs to the calling thread until it asks
 // for the same slot again: kernels allocate nothing per call.
 enum class ScratchSlot : int { kRowData, kPanel, kCount };

@@ -26,6 +26,8 @@ _TYPES = (
     ("torch.Tensor", "Tensor"),
     ("typing.SupportsInt | typing.SupportsIndex", "int"),
     ("typing.SupportsFloat | typing.SupportsIndex", "float"),
+    ('typing.Annotated[collections.abc.Sequence[int], "FixedSize(8)"]', "list[int]"),
+    (f"tuple[{', '.join(['Tensor | None'] * 4 + ['Tensor'] * 4)}]", "tuple[Tensor | None, ...]"),
 )
 
 
@@ -41,23 +43,51 @@ def signatures(module) -> dict[str, str]:
     for name, value in sorted(vars(module).items()):
         if name.startswith("_") or not callable(value) or name in cuda_only:
             continue
-        text = value.__doc__.splitlines()[0].removeprefix(name)
-        for long, short in _TYPES:
-            text = text.replace(long, short)
-        found[name] = text
+        if not isinstance(value, type):
+            found[name] = _signature(value)
     return found
 
 
+def classes(module) -> dict[str, dict[str, str]]:
+    """name -> the signatures of its methods, of every class of a CPU build."""
+    return {
+        name: {
+            method: _signature(value).replace(f"self: prefixquant._C.{name}", "self")
+            for method, value in sorted(vars(cls).items())
+            if callable(value) and (not method.startswith("_") or method == "__init__")
+        }
+        for name, cls in sorted(vars(module).items())
+        if isinstance(cls, type) and not name.startswith("_")
+    }
+
+
+def _signature(function) -> str:
+    text = function.__doc__.splitlines()[0].removeprefix(function.__name__)
+    for long, short in _TYPES:
+        text = text.replace(long, short)
+    return text
+
+
+def _definition(name: str, signature: str, indent: str = "") -> str:
+    """One argument a line where the signature is too long for one line."""
+    line = f"{indent}def {name}{signature}: ..."
+    if len(line) <= 100:
+        return line
+    arguments, result = re.fullmatch(r"\((.*)\)( -> .*)", signature).groups()
+    # A comma inside brackets belongs to a type.
+    separate = re.sub(r", (?![^\[]*\])", f",\n{indent}    ", arguments)
+    return f"{indent}def {name}(\n{indent}    {separate},\n{indent}){result}: ..."
+
+
 def stub(module) -> str:
-    """The content of _C.pyi; one argument a line where a signature is too long for one line."""
-    lines = []
-    for name, signature in signatures(module).items():
-        line = f"def {name}{signature}: ..."
-        if len(line) > 100:
-            arguments, result = re.fullmatch(r"\((.*)\)( -> .*)", signature).groups()
-            separate = ",\n    ".join(arguments.split(", "))
-            line = f"def {name}(\n    {separate},\n){result}: ..."
-        lines.append(line)
+    """The content of _C.pyi."""
+    lines = [
+        "\n".join(
+            [f"class {name}:", *(_definition(m, text, "    ") for m, text in methods.items()), ""]
+        )
+        for name, methods in classes(module).items()
+    ]
+    lines += [_definition(name, signature) for name, signature in signatures(module).items()]
     return _HEADER + "\n".join(lines) + "\n"
 
 

@@ -152,14 +152,14 @@ def test_stop_tokens(folder):
 def test_cache_is_kept_and_grows(folder):
     runtime, batch = endless(folder), prompts()
     first = runtime.generate(batch, NEW)
-    kept = runtime._cache
+    kept = runtime.cache
     assert (kept.batch, kept.capacity) == (4, 256)
     runtime.generate(batch[:2], NEW)
-    assert runtime._cache is kept
+    assert runtime.cache is kept
     runtime.generate(prompts([300]), 5)
-    assert runtime._cache.capacity == 512
+    assert runtime.cache.capacity == 512
     assert runtime.generate(batch, NEW) == first
-    assert runtime._cache.batch == 4
+    assert runtime.cache.batch == 4
 
 
 def test_generation_up_to_the_last_position(folder):
@@ -175,13 +175,13 @@ def test_generation_up_to_the_last_position(folder):
 def test_sixteen_bit_cache(folder):
     runtime = endless(folder, kv_bits=16)
     runtime.generate(prompts(), NEW)
-    assert runtime._cache.keys[0].dtype == torch.float32
+    assert runtime.cache.keys[0].dtype == torch.float32
     quantized = endless(folder)
-    quantized._reserve(1, 20)
-    runtime._reserve(1, 20)
+    quantized.reserve(1, 20)
+    runtime.reserve(1, 20)
     batch = prompts([13])
-    exact = runtime._decoder.prefill(batch, runtime._cache)
-    rough = quantized._decoder.prefill(batch, quantized._cache)
+    exact = runtime.decoder.prefill(batch, runtime.cache)
+    rough = quantized.decoder.prefill(batch, quantized.cache)
     assert 0 < (exact - rough).square().sum() / exact.square().sum() < 0.5
 
 

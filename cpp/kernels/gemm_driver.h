@@ -189,4 +189,16 @@ static void gemm(const GemmParams& p) {
   }
 }
 
+// The part of thread `id` of `team` in a product of few rows (one row block), for callers that have
+// a parallel region of their own; row_sum and x_tail belong to the calling thread.
+template <class Weight>
+static OutputRange gemm_share(const GemmParams& p, int64_t id, int64_t team) {
+  const Partition part = partition_output(p, team);
+  const int64_t first = part.units * id / team, last = part.units * (id + 1) / team;
+  prepare_rows(p, 0, p.m);
+  compute_units<Weight>(p, part, first, last);
+  const int64_t unit_outputs = part.unit_blocks * kBlockOutputs;
+  return {smaller(first * unit_outputs, p.n), smaller(last * unit_outputs, p.n)};
+}
+
 PQ_ISA_NAMESPACE_END

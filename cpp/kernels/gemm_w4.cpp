@@ -7,4 +7,8 @@ PQ_ISA_NAMESPACE_BEGIN
 
 void gemm_w4_kernel(const GemmParams& p) { gemm<WeightW4>(p); }
 
+OutputRange gemm_w4_share(const GemmParams& p, int64_t id, int64_t team) {
+  return gemm_share<WeightW4>(p, id, team);
+}
+
 PQ_ISA_NAMESPACE_END

@@ -98,24 +98,28 @@ PQ_INLINE TransformedBlock rotated_head(const RopeKvRows& p, const T* from, cons
                               : TransformedBlock{b.rotated, 1.0f};
 }
 
+// KV heads [first, last) of a row and the query heads that use them.
 template <typename T>
-PQ_INLINE void append_row(const RopeKvRows& p, const T* qkv, int64_t row, const Buffers& b) {
+PQ_INLINE void append_heads(const RopeKvRows& p, const T* qkv, int64_t row, int64_t first,
+                            int64_t last, const Buffers& b) {
   const T* from = qkv + row * p.qkv_stride;
-  const int64_t position = p.positions[row], slot = p.slots[row];
+  const int64_t position = p.positions[row], slot = p.slots[row], group = p.heads / p.kv_heads;
   T* q = static_cast<T*>(p.q) + row * p.heads * p.dim;
-  for (int64_t h = 0; h < p.heads; ++h, from += p.dim) {
-    store_head(rotated_head(p, from, p.q_norm, position, b), q + h * p.dim, p.dim);
+  for (int64_t h = first * group; h < last * group; ++h) {
+    const T* head = from + h * p.dim;
+    store_head(rotated_head(p, head, p.q_norm, position, b), q + h * p.dim, p.dim);
   }
   if (slot < 0) return;
   const int64_t page = slot / p.page_size, offset = slot % p.page_size;
-  for (int64_t h = 0; h < p.kv_heads; ++h, from += p.dim) {
+  for (int64_t h = first; h < last; ++h) {
     const int64_t at = page * p.k_strides[0] + h * p.k_strides[1] + offset * p.k_strides[2];
-    store_cached(p, rotated_head(p, from, p.k_norm, position, b), p.k_scale + h, p.k_cache, at,
+    const T* head = from + (p.heads + h) * p.dim;
+    store_cached(p, rotated_head(p, head, p.k_norm, position, b), p.k_scale + h, p.k_cache, at,
                  b.unpacked);
   }
-  for (int64_t h = 0; h < p.kv_heads; ++h, from += p.dim) {
+  for (int64_t h = first; h < last; ++h) {
     const int64_t at = page * p.v_strides[0] + h * p.v_strides[1] + offset * p.v_strides[2];
-    load_row(from, b.head, p.dim);
+    load_row(from + (p.heads + p.kv_heads + h) * p.dim, b.head, p.dim);
     store_cached(p, {b.head, 1.0f}, p.v_scale + h, p.v_cache, at, b.unpacked);
   }
 }
@@ -126,7 +130,17 @@ PQ_INLINE void append_row(const RopeKvRows& p, const T* qkv, int64_t row, const 
 void rope_kv_append_rows(const RopeKvRows& p, int64_t row_begin, int64_t row_end, float* scratch) {
   const Buffers buffers(scratch, p.dim);
   with_float_type(p.type, p.qkv, [&](const auto* qkv) {
-    for (int64_t row = row_begin; row < row_end; ++row) append_row(p, qkv, row, buffers);
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      append_heads(p, qkv, row, 0, p.kv_heads, buffers);
+    }
+  });
+}
+
+// One KV head of one row.
+void rope_kv_append_head(const RopeKvRows& p, int64_t row, int64_t kv_head, float* scratch) {
+  const Buffers buffers(scratch, p.dim);
+  with_float_type(p.type, p.qkv, [&](const auto* qkv) {
+    append_heads(p, qkv, row, kv_head, kv_head + 1, buffers);
   });
 }
 

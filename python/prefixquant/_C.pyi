@@ -7,6 +7,31 @@ from torch import Tensor
 __version__: str
 with_cuda: bool
 
+class DecoderStep:
+    def __init__(
+        self,
+        sizes: list[int],
+        eps: float,
+        scaling: float,
+        cos: Tensor,
+        sin: Tensor,
+        rotation_signs: Tensor | None,
+        rotation_size: int,
+        mlp_signs: Tensor | None,
+        mlp_size: int,
+    ) -> None: ...
+    def add_block(
+        self,
+        input_norm: Tensor | None,
+        qkv: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        attention: tuple[Tensor | None, ...],
+        o: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        post_norm: Tensor | None,
+        gate_up: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        down: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    ) -> None: ...
+    def run(self, hidden: Tensor, positions: Tensor, slots: Tensor, lengths: Tensor) -> None: ...
+
 def add_rmsnorm_quantize(
     residual: Tensor,
     x: Tensor,

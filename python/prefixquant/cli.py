@@ -67,6 +67,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda or cuda:N.")]
 Text = Annotated[str, typer.Option(help="'pydoc', or a .txt/.jsonl file, also as .gz.")]
 Seed = Annotated[int, typer.Option(help="Seed of the choice of windows.", min=0, metavar="<int>")]
+HeadBits = Annotated[
+    int, typer.Option(help="Bits of the lm_head: 16, or 8 for half its memory and traffic.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -298,9 +301,7 @@ def generate(  # noqa: PLR0913 - the arguments are the options
     top_p: Annotated[
         float, typer.Option(help="Of the fewest likeliest tokens with this probability.")
     ] = 1.0,
-    head_bits: Annotated[
-        int, typer.Option(help="Bits of a checkpoint's lm_head: 16, or 8 for less memory traffic.")
-    ] = 16,
+    head_bits: HeadBits = 16,
     seed: Seed = 0,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -374,6 +375,52 @@ def serve(
     if is_prefixquant_checkpoint(checkpoint):
         typer.echo(f"http://{host}:{port}/v1, model {model_name(checkpoint)!r}", err=True)
     start_server(checkpoint, host=host, port=port, device=device, seed=seed, log_level=log_level)
+
+
+@app.command()
+def bench(  # noqa: PLR0913 - the arguments are the options
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT_OR_SHAPE",
+            help="A prefixquant checkpoint, or the name of a shape for random weights of its size.",
+        ),
+    ],
+    batch: Annotated[int, typer.Option(help="Prompts at a time.", min=1)] = 1,
+    context: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated for each.", min=2)] = 64,
+    scheme: Annotated[
+        str, typer.Option(help="Bits of a shape: w4a4kv4, w4a8kv4, w8a8kv8, ...")
+    ] = "w4a4kv4",
+    head_bits: HeadBits = 16,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="16: an unquantized cache; default: as the checkpoint says.")
+    ] = None,
+    baseline: Annotated[
+        bool, typer.Option("--baseline", help="Also time a 16-bit transformers model of that size.")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also say where the time of a decode step goes.")
+    ] = False,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Measure prefill, decode and memory of the runtime on a checkpoint or on random weights."""
+    from prefixquant.bench import Case, bench_report, describe_bench
+    from prefixquant.config import Scheme
+
+    report = bench_report(
+        target,
+        Case(batch, context, new_tokens),
+        _device(device),
+        scheme=Scheme.parse(scheme),
+        head_bits=head_bits,
+        kv_bits=kv_bits,
+        baseline=baseline,
+        profile=profile,
+        progress=_progress(),
+    )
+    _result(report, as_json, describe_bench)
 
 
 @app.command()

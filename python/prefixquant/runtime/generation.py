@@ -42,8 +42,8 @@ class Runtime:
         self.weights = weights
         self.stop_ids = frozenset(stop_ids)
         self.max_length = max_length or positions
-        self._decoder = Decoder(weights)
-        self._cache: StaticCache | None = None
+        self.decoder = Decoder(weights)
+        self.cache: StaticCache | None = None
         self._graphs: dict[int, DecodeGraphs] = {}  # by the number of places
         self._cpu_step: CpuStep | None = None
 
@@ -125,7 +125,7 @@ class Runtime:
     ) -> Iterator[list[int | None]]:
         lengths = [len(prompt) for prompt in prompts]
         try:
-            self._reserve(len(prompts), max(lengths) + max_new_tokens)
+            self.reserve(len(prompts), max(lengths) + max_new_tokens)
             running = [True] * len(prompts)
             for tokens in self._tokens(prompts, max_new_tokens, sampling):
                 yield [t if r else None for t, r in zip(tokens, running, strict=True)]
@@ -150,19 +150,19 @@ class Runtime:
         batch, lengths = len(prompts), [len(prompt) for prompt in prompts]
         places = places_for(batch, self.weights.device)
         generator = sampling.generator(self.weights.device)
-        step = Step.after(lengths, places, self._cache)
-        logits = self._decoder.prefill(prompts, self._cache)
+        step = Step.after(lengths, places, self.cache)
+        logits = self.decoder.prefill(prompts, self.cache)
         step.tokens[:batch] = choose(logits, sampling, generator)
         if self.weights.device.type != "cuda":
             for count in range(1, max_new_tokens + 1):
                 yield step.tokens.tolist()
                 if count < max_new_tokens:
-                    logits = self._cpu_step.decode(step, self._cache, max(lengths) + count)
+                    logits = self._cpu_step.decode(step, max(lengths) + count)
                     step.tokens.copy_(choose(logits, sampling, generator))
                     step.advance()
             return
         if places not in self._graphs:
-            self._graphs[places] = DecodeGraphs(self._decoder, self._cache, places)
+            self._graphs[places] = DecodeGraphs(self.decoder, self.cache, places)
         graphs = self._graphs[places]
         graphs.begin(step)
         pending = _Readback(graphs.step.tokens[:batch])
@@ -179,24 +179,25 @@ class Runtime:
 
     # ---- memory ----
 
-    def _reserve(self, batch: int, capacity: int) -> None:
-        """A cache of at least this size, and the step on it."""
+    @torch.inference_mode()
+    def reserve(self, batch: int, capacity: int) -> None:
+        """Makes ``cache`` hold so many sequences of so many tokens; it may lose its rows."""
         places = places_for(batch, self.weights.device)
-        kept = self._cache
+        kept = self.cache
         if kept is not None and kept.batch >= places and kept.capacity >= capacity:
             return
         capacity = min(-(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP, self.max_length)
         self._drop_cache()
         weights = self.weights
-        self._decoder.reserve_positions(capacity)
-        self._cache = StaticCache.allocate(
+        self.decoder.reserve_positions(capacity)
+        self.cache = StaticCache.allocate(
             weights.geometry, weights.kv_bits, places, capacity, weights.dtype, weights.device
         )
         if weights.device.type == "cpu":
-            self._cpu_step = CpuStep(self._decoder)
+            self._cpu_step = CpuStep(self.decoder, self.cache)
 
     def _drop_cache(self) -> None:
-        self._cache, self._graphs = None, {}
+        self.cache, self._graphs, self._cpu_step = None, {}, None
         if self.weights.device.type == "cuda":
             torch.cuda.empty_cache()
 
