@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of README.md and docs/results.md from the JSON files under benchmarks/results.
+"""Writes the tables of README.md and some pages of docs/ from files under benchmarks/results.
 
 Usage: python benchmarks/update_readme.py [--check]
 
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/runtime.md"))
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
