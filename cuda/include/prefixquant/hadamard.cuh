@@ -59,21 +59,24 @@ struct HadamardArgs {
 
 // ---- where things are in shared memory ----
 
+// By name, not through a pointer that is passed around: the accesses stay shared-memory accesses.
+__device__ __forceinline__ float4* column_smem() {
+  extern __shared__ float4 columns_smem[];
+  return columns_smem;
+}
+
 struct ColumnStorage {
-  float4* base;
-  int vectors;        // of 8 floats, rounded up to 8
+  uint32_t vectors;   // of 8 floats, rounded up to 8
   uint32_t half_xor;  // 4: second halves are shifted; 0 where a segment's part is too short for it
 
-  __device__ __forceinline__ ColumnStorage(float4* smem, const HadamardArgs& p) : base(smem) {
+  __device__ __forceinline__ explicit ColumnStorage(const HadamardArgs& p) {
     const int elements = (p.group * p.block_size) / p.cluster;
     vectors = (elements / 8 + 7) / 8 * 8;
     half_xor = p.log2_width >= 6 ? 4 : 0;
   }
-  __device__ __forceinline__ uint32_t half_index(uint32_t vector, uint32_t which) const {
+  // Index in column_smem() of the first (0) or second (1) half of a vector.
+  __device__ __forceinline__ uint32_t half(uint32_t vector, uint32_t which) const {
     return which * vectors + (vector ^ (which * half_xor));
-  }
-  __device__ __forceinline__ float4* half(uint32_t vector, uint32_t which) const {
-    return base + half_index(vector, which);
   }
 };
 
@@ -135,32 +138,27 @@ __device__ __forceinline__ longlong2 vector_offset(const HadamardArgs& p, const 
   return {row * p.x_stride + column, row * p.up_stride + column};
 }
 
-template <int kVectors>
-__device__ __forceinline__ void store_segments(const float (&v)[kVectors][8], const HadamardArgs& p,
-                                               const ColumnStorage& storage, uint32_t first,
-                                               uint32_t count) {
-  const int log2_segment_vectors = p.log2_segment - 3, log2_width_vectors = p.log2_width - 3;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const uint32_t flat = first + 32 * i;
-    if (flat >= count) continue;
-    const float4 low = make_float4(v[i][0], v[i][1], v[i][2], v[i][3]);
-    const float4 high = make_float4(v[i][4], v[i][5], v[i][6], v[i][7]);
-    if (p.cluster == 1) {
-      *storage.half(flat, 0) = low;
-      *storage.half(flat, 1) = high;
-    } else {
-      const uint32_t column = flat & ((1u << log2_segment_vectors) - 1);
-      const uint32_t owner = column >> log2_width_vectors;
-      const uint32_t there = ((flat >> log2_segment_vectors) << log2_width_vectors) |
-                             (column & ((1u << log2_width_vectors) - 1));
-      store_to_rank(storage.half(there, 0), owner, low);
-      store_to_rank(storage.half(there, 1), owner, high);
-    }
+// Stores vector `flat` of the group where its columns are summed.
+__device__ __forceinline__ void store_vector(const float (&v)[8], const HadamardArgs& p,
+                                             const ColumnStorage& storage, uint32_t flat) {
+  const float4 low = make_float4(v[0], v[1], v[2], v[3]);
+  const float4 high = make_float4(v[4], v[5], v[6], v[7]);
+  if (p.cluster == 1) {
+    column_smem()[storage.half(flat, 0)] = low;
+    column_smem()[storage.half(flat, 1)] = high;
+  } else {
+    const int log2_segment_vectors = p.log2_segment - 3, log2_width_vectors = p.log2_width - 3;
+    const uint32_t column = flat & ((1u << log2_segment_vectors) - 1);
+    const uint32_t owner = column >> log2_width_vectors;
+    const uint32_t there = ((flat >> log2_segment_vectors) << log2_width_vectors) |
+                           (column & ((1u << log2_width_vectors) - 1));
+    store_to_rank(column_smem() + storage.half(there, 0), owner, low);
+    store_to_rank(column_smem() + storage.half(there, 1), owner, high);
   }
 }
 
-template <bool kSwiglu, int kVectors>
+// kWhole: a segment is a tile, so that a tile lies in one block and is never cut.
+template <bool kSwiglu, int kVectors, bool kWhole>
 __device__ __forceinline__ void transform_segments(const HadamardArgs& p,
                                                    const ColumnStorage& storage,
                                                    const GroupOrigin& origin, uint32_t blocks,
@@ -170,13 +168,46 @@ __device__ __forceinline__ void transform_segments(const HadamardArgs& p,
   const uint32_t warp = rank * (kHadamardThreads / 32) + threadIdx.x / 32;
   const uint32_t step = p.cluster * kHadamardThreads * kVectors;
   for (uint32_t tile = warp * 32 * kVectors; tile < count; tile += step) {
+    RawTile<kSwiglu, kVectors> raw;
+    if constexpr (kWhole) {
+      const longlong2 at = vector_offset(p, origin, tile);
+      const uint16_t* x = p.x + at.x + 8 * lane;
+      const uint16_t* up = p.up + at.y + 8 * lane;
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) raw.load(i, x + 256 * i, up + 256 * i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        const uint32_t flat = tile + 32 * i + lane;
+        raw.clear(i);
+        if (flat < count) {
+          const longlong2 at = vector_offset(p, origin, flat);
+          raw.load(i, p.x + at.x, p.up + at.y);
+        }
+      }
+    }
     float v[kVectors][8];
-    load_tile<kSwiglu>(v, p.x, p.up, p.is_bfloat16, [&](int i) {
+    raw.values(p.is_bfloat16, v);
+    transform_tile<kWhole>(v, p.segment, lane);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
       const uint32_t flat = tile + 32 * i + lane;
-      return flat < count ? vector_offset(p, origin, flat) : longlong2{-1, -1};
-    });
-    transform_tile(v, p.segment, lane);
-    store_segments(v, p, storage, tile + lane, count);
+      if (kWhole || flat < count) store_vector(v[i], p, storage, flat);
+    }
+  }
+}
+
+template <bool kSwiglu>
+__device__ __forceinline__ void transform_segments(const HadamardArgs& p,
+                                                   const ColumnStorage& storage,
+                                                   const GroupOrigin& origin, uint32_t blocks,
+                                                   uint32_t rank) {
+  if (p.segment == 1024) {
+    transform_segments<kSwiglu, 4, true>(p, storage, origin, blocks, rank);
+  } else if (p.segment == 512) {
+    transform_segments<kSwiglu, 2, true>(p, storage, origin, blocks, rank);
+  } else {
+    transform_segments<kSwiglu, 2, false>(p, storage, origin, blocks, rank);
   }
 }
 
@@ -216,47 +247,59 @@ __device__ __forceinline__ void advance(uint32_t& offset, uint32_t step) {
   asm("" : "+r"(offset));
 }
 
-// What happens to the results of a column.
-template <int kColumns>
-struct ColumnOutput {
-  const HadamardArgs& p;
-  Quantizer quantizer;
-  int64_t first;   // of the group in `out`
-  uint32_t at;     // the next output, from there
-  uint32_t marks;  // kNanMark where a level was NaN
-
-  // Stores the next output of the columns; levels of NaN are wrong unless kFixNan.
-  template <bool kFixNan>
-  __device__ __forceinline__ void store(const float (&y)[kColumns]) {
-    const uint32_t index = at;
-    advance(at, p.segment);
-    if (p.scaling == RowScale::kNone) {
-      uint16_t* out = static_cast<uint16_t*>(p.out) + first + index;
-      const float second = y[kColumns - 1];
-      const uint32_t pair = p.is_bfloat16 ? pack_pair(y[0], second, __nv_bfloat16{})
-                                          : pack_pair(y[0], second, __half{});
-      if constexpr (kColumns == 2) {
-        *reinterpret_cast<uint32_t*>(out) = pair;
-      } else {
-        *out = static_cast<uint16_t>(pair);
-      }
-      return;
-    }
-    int8_t* out = static_cast<int8_t*>(p.out) + first + index;
-    uint32_t t[kColumns];
+// Writes the columns' results, rounded; `at` is where output 0 goes, from `out` on.
+template <int kColumns, int kOutputs>
+__device__ __forceinline__ void store_rounded(const float (&y)[kColumns][kOutputs],
+                                              const HadamardArgs& p, uint16_t* out, uint32_t at) {
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      t[c] = rounded_bits(y[c], quantizer);
-      marks |= t[c];
-      if (kFixNan && (t[c] & kNanMark)) t[c] = 0;
-    }
+  for (int i = 0; i < kOutputs; ++i, advance(at, p.segment)) {
+    const float second = y[kColumns - 1][i];
+    const uint32_t pair = p.is_bfloat16 ? pack_pair(y[0][i], second, __nv_bfloat16{})
+                                        : pack_pair(y[0][i], second, __half{});
     if constexpr (kColumns == 2) {
-      *reinterpret_cast<uint16_t*>(out) = static_cast<uint16_t>(__byte_perm(t[0], t[1], 0x0040));
+      *reinterpret_cast<uint32_t*>(out + at) = pair;
     } else {
-      *out = static_cast<int8_t>(t[0]);
+      out[at] = static_cast<uint16_t>(pair);
     }
   }
-};
+}
+
+// The same, quantized. NaNs, which are rare, are looked for once for four levels.
+template <int kColumns, int kOutputs>
+__device__ __forceinline__ void store_levels(const float (&y)[kColumns][kOutputs],
+                                             const HadamardArgs& p, const Quantizer& quantizer,
+                                             int8_t* out, uint32_t at) {
+  constexpr int kStep = 4 / kColumns;
+#pragma unroll
+  for (int first = 0; first < kOutputs; first += kStep) {
+    uint32_t t[kStep][kColumns], marks = 0;
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) {
+#pragma unroll
+      for (int c = 0; c < kColumns && first + i < kOutputs; ++c) {
+        marks |= t[i][c] = rounded_bits(y[c][first + i], quantizer);
+      }
+    }
+    if (marks & kNanMark) {
+#pragma unroll
+      for (int i = 0; i < kStep; ++i) {
+#pragma unroll
+        for (int c = 0; c < kColumns && first + i < kOutputs; ++c) {
+          if (t[i][c] & kNanMark) t[i][c] = 0;
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kStep && first + i < kOutputs; ++i, advance(at, p.segment)) {
+      if constexpr (kColumns == 2) {
+        *reinterpret_cast<uint16_t*>(out + at) =
+            static_cast<uint16_t>(__byte_perm(t[i][0], t[i][1], 0x0040));
+      } else {
+        out[at] = static_cast<int8_t>(t[i][0]);
+      }
+    }
+  }
+}
 
 // The sums with signs that are not the compiled ones; slow, and the same order of additions.
 template <typename Sums, int PART, typename Load>
@@ -287,7 +330,7 @@ __device__ void sum_with_given_signs(float (&acc)[Sums::kColumns][Sums::kOutputs
   }
 }
 
-// All columns of this thread's warps; `largest` collects the magnitudes where kMaximum, otherwise
+// All columns of this thread's warps; `largest` collects the magnitudes where `maximum`, otherwise
 // the results are stored.
 template <typename Sums, int PART>
 __device__ __forceinline__ void finish_columns(const HadamardArgs& p, const ColumnStorage& storage,
@@ -298,17 +341,17 @@ __device__ __forceinline__ void finish_columns(const HadamardArgs& p, const Colu
   constexpr uint32_t kStep = kHadamardThreads / Sums::kParts * kColumns;
   const uint32_t columns = blocks << p.log2_width, width = 1u << p.log2_width;
   const uint32_t warp = threadIdx.x / 32 / Sums::kParts;
+  const int64_t first_element = first_block * p.block_size;
   for (uint32_t c = (warp * 32 + threadIdx.x % 32) * kColumns; c < columns; c += kStep) {
     const uint32_t u = c >> p.log2_width, column = c & (width - 1);
     const uint32_t first = ((u * Sums::kInputs) << p.log2_width) + column;
-    const uint32_t which = first / 4 % 2;
     // Where half_xor is not 0, a segment's part is a multiple of 8 vectors and steps keep the
     // shift.
-    const float* values = reinterpret_cast<const float*>(storage.base);
-    const uint32_t start = 4 * storage.half_index(first / 8, which) + first % 4;
+    const uint32_t start = 4 * storage.half(first / 8, first / 4 % 2) + first % 4;
     uint32_t from = start;
     auto load = [&](int n, float (&x)[kColumns]) {
       if (n == 0) from = start;
+      const float* values = reinterpret_cast<const float*>(column_smem());
       if constexpr (kColumns == 2) {
         const float2 v = *reinterpret_cast<const float2*>(values + from);
         x[0] = v.x;
@@ -318,41 +361,32 @@ __device__ __forceinline__ void finish_columns(const HadamardArgs& p, const Colu
       }
       advance(from, width / 2);
     };
-    float acc[kColumns][Sums::kOutputs];
+    float y[kColumns][Sums::kOutputs];
     if (compiled_signs) {
-      Sums::template sum<PART>(acc, load);
+      Sums::template sum<PART>(y, load);
     } else if constexpr (Sums::K > 1) {
-      sum_with_given_signs<Sums, PART>(acc, p.signs, load);
+      sum_with_given_signs<Sums, PART>(y, p.signs, load);
     }
 #pragma unroll
     for (int i = 0; i < Sums::kOutputs; ++i) {
 #pragma unroll
-      // + 0: a sum that started at +0 is never -0.
       for (int k = 0; k < kColumns; ++k) {
-        acc[k][i] = Sums::K > 1 ? __fmaf_rn(acc[k][i], p.norm, 0.0f) : __fmul_rn(acc[k][i], p.norm);
-        if (maximum) largest = max(largest, magnitude_bits(acc[k][i]));
+        // + 0: a sum that started at +0 is never -0.
+        y[k][i] = Sums::K > 1 ? __fmaf_rn(y[k][i], p.norm, 0.0f) : __fmul_rn(y[k][i], p.norm);
       }
     }
-    if (maximum) continue;
     const uint32_t at =
         u * p.block_size + rank * width + column + PART * Sums::kOutputs * p.segment;
-    ColumnOutput<kColumns> output{p, quantizer, first_block * p.block_size, at, 0};
-#pragma unroll
-    for (int i = 0; i < Sums::kOutputs; ++i) {
-      float y[kColumns];
-#pragma unroll
-      for (int k = 0; k < kColumns; ++k) y[k] = acc[k][i];
-      output.template store<false>(y);
-    }
-    if (output.marks & kNanMark) {
-      output.at = at;
+    if (maximum) {
 #pragma unroll
       for (int i = 0; i < Sums::kOutputs; ++i) {
-        float y[kColumns];
 #pragma unroll
-        for (int k = 0; k < kColumns; ++k) y[k] = acc[k][i];
-        output.template store<true>(y);
+        for (int k = 0; k < kColumns; ++k) largest = max(largest, magnitude_bits(y[k][i]));
       }
+    } else if (p.scaling == RowScale::kNone) {
+      store_rounded(y, p, static_cast<uint16_t*>(p.out) + first_element, at);
+    } else {
+      store_levels(y, p, quantizer, static_cast<int8_t*>(p.out) + first_element, at);
     }
   }
 }
@@ -371,9 +405,8 @@ __device__ __forceinline__ void finish_part(Arguments&&... arguments) {
 template <typename Sums, int kCtasPerSm>
 __global__ void __launch_bounds__(kHadamardThreads, kCtasPerSm)
     hadamard_sums_kernel(const HadamardArgs p) {
-  extern __shared__ float4 columns_smem[];
   __shared__ uint32_t maxima[32], cluster_maxima[8];
-  const ColumnStorage storage(columns_smem, p);
+  const ColumnStorage storage(p);
   const uint32_t rank = p.cluster > 1 ? cluster_rank() : 0;
   grid_dependency_launch();
   const bool compiled_signs = signs_match<Sums::K>(p.signs);
@@ -389,15 +422,9 @@ __global__ void __launch_bounds__(kHadamardThreads, kCtasPerSm)
     const GroupOrigin origin{first / p.blocks_per_row.divisor,
                              static_cast<uint32_t>(first % p.blocks_per_row.divisor)};
     if (p.up) {
-      if (p.segment > 512) {
-        transform_segments<true, 4>(p, storage, origin, blocks, rank);
-      } else {
-        transform_segments<true, 2>(p, storage, origin, blocks, rank);
-      }
-    } else if (p.segment > 512) {
-      transform_segments<false, 4>(p, storage, origin, blocks, rank);
+      transform_segments<true>(p, storage, origin, blocks, rank);
     } else {
-      transform_segments<false, 2>(p, storage, origin, blocks, rank);
+      transform_segments<false>(p, storage, origin, blocks, rank);
     }
     if (p.cluster > 1) {
       cluster_barrier();
@@ -445,12 +472,16 @@ __global__ void __launch_bounds__(kHadamardThreads)
       static_cast<int64_t>(tile - row * tiles_per_row) * 256 * kVectors + 8 * lane;
   const uint16_t* x = p.x + row * p.x_stride;
   const uint16_t* up = p.up + row * p.up_stride;
-  float v[kVectors][8];
-  load_tile<kSwiglu>(v, x, up, p.is_bfloat16, [&](int i) {
+  RawTile<kSwiglu, kVectors> raw;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
     const int64_t c = first + 256 * i;
-    return c < p.cols ? longlong2{c, c} : longlong2{-1, -1};
-  });
-  transform_tile(v, p.segment, lane);
+    raw.clear(i);
+    if (c < p.cols) raw.load(i, x + c, up + c);
+  }
+  float v[kVectors][8];
+  raw.values(p.is_bfloat16, v);
+  transform_tile<false>(v, p.segment, lane);
   Quantizer quantizer{1.0f, p.qmin, p.qmax};
   if (p.scaling == RowScale::kStatic) quantizer.inv_scale = __fdiv_rn(1.0f, *p.scale);
 #pragma unroll

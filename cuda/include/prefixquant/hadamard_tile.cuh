@@ -76,9 +76,11 @@ __device__ __forceinline__ void butterflies_between_vectors(float (&v)[kVectors]
 }
 
 // All stages of groups of `segment` elements (a power of two up to 256 kVectors), all lanes
-// together. Vector i of a lane holds the elements 8 (32 i + lane) .. + 7 of the tile.
-template <int kVectors>
+// together. Vector i of a lane holds the elements 8 (32 i + lane) .. + 7 of the tile. kWhole: the
+// segment is the tile, and there are no branches between the stages.
+template <bool kWhole, int kVectors>
 __device__ __forceinline__ void transform_tile(float (&v)[kVectors][8], int segment, int lane) {
+  if constexpr (kWhole) segment = 256 * kVectors;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     if (segment >= 2) butterflies_in_vector<1>(v[i]);
@@ -98,30 +100,31 @@ __device__ __forceinline__ void transform_tile(float (&v)[kVectors][8], int segm
   }
 }
 
-// Loads kVectors vectors of x (and of `up`, where kSwiglu), vector i from x + offset(i); lanes
-// without one (offset < 0) get zeros.
-template <bool kSwiglu, int kVectors, typename Offset>
-__device__ __forceinline__ void load_tile(float (&v)[kVectors][8], const uint16_t* x,
-                                          const uint16_t* up, bool is_bfloat16, Offset&& offset) {
-  uint4 raw[kVectors], raw_up[kVectors];
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    raw[i] = raw_up[i] = make_uint4(0, 0, 0, 0);
-    const longlong2 at = offset(i);  // of x and of up
-    if (at.x < 0) continue;
-    raw[i] = *reinterpret_cast<const uint4*>(x + at.x);
-    if constexpr (kSwiglu) raw_up[i] = *reinterpret_cast<const uint4*>(up + at.y);
+// Vectors of x and, with SwiGLU, of up, as they lie in memory.
+template <bool kSwiglu, int kVectors>
+struct RawTile {
+  uint4 x[kVectors];
+  uint4 up[kVectors];
+
+  __device__ __forceinline__ void load(int i, const uint16_t* x_from, const uint16_t* up_from) {
+    x[i] = *reinterpret_cast<const uint4*>(x_from);
+    if constexpr (kSwiglu) up[i] = *reinterpret_cast<const uint4*>(up_from);
   }
+  __device__ __forceinline__ void clear(int i) { x[i] = up[i] = make_uint4(0, 0, 0, 0); }
+
+  // float32(x), or silu(x) * up
+  __device__ __forceinline__ void values(bool is_bfloat16, float (&v)[kVectors][8]) const {
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    to_floats(raw[i], is_bfloat16, v[i]);
-    if constexpr (kSwiglu) {
-      float u[8];
-      to_floats(raw_up[i], is_bfloat16, u);
+    for (int i = 0; i < kVectors; ++i) {
+      to_floats(x[i], is_bfloat16, v[i]);
+      if constexpr (kSwiglu) {
+        float u[8];
+        to_floats(up[i], is_bfloat16, u);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) v[i][e] = __fmul_rn(silu_approximate(v[i][e]), u[e]);
+        for (int e = 0; e < 8; ++e) v[i][e] = __fmul_rn(silu_approximate(v[i][e]), u[e]);
+      }
     }
   }
-}
+};
 
 }  // namespace prefixquant
