@@ -223,7 +223,8 @@ def profile_step(runtime: Runtime, case: Case, steps: int = 5) -> list[Operation
 
 def _operation_bytes(name: str, shapes: list[list[int]], case: Case, runtime: Runtime) -> int:
     """Of one call: the prepacked weight (bytes in any layout), or the rows of the cache."""
-    if "gemm" in name and len(shapes) > 1:
+    composed = name.endswith("gemm_fused") and runtime.weights.device.type == "cpu"
+    if "gemm" in name and len(shapes) > 1 and not composed:
         return torch.Size(shapes[1]).numel()
     if "kv_decode_attention" in name:
         return step_bytes(runtime, case)["kv_cache"] // runtime.weights.geometry.layers

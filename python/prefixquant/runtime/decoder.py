@@ -132,9 +132,16 @@ class Decoder:
 
     def _prefill_chunk(self, segments: list[Segment], cache: StaticCache) -> Tensor:
         device, weights = self.weights.device, self.weights
-        tokens = [t for s in segments for t in s.tokens]
-        positions = [p for s in segments for p in range(s.start, s.start + len(s.tokens))]
-        slots = [slot for s in segments for slot in cache.slots(s.sequence, s.start, len(s.tokens))]
+        tokens = torch.tensor([t for s in segments for t in s.tokens], device=device)
+        positions = torch.cat(
+            [torch.arange(s.start, s.start + len(s.tokens), device=device) for s in segments]
+        )
+        slots = torch.cat(
+            [
+                torch.arange(rows.start, rows.stop, device=device)
+                for rows in (cache.slots(s.sequence, s.start, len(s.tokens)) for s in segments)
+            ]
+        )
 
         def attend(layer: int, block: Block, q: Tensor) -> Tensor:
             pieces = [
@@ -158,13 +165,7 @@ class Decoder:
             out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
             return ops.quantize_static(out, block.o.input_scale, block.o.bits[1])
 
-        return self._blocks(
-            self.embed(torch.tensor(tokens, device=device)),
-            torch.tensor(positions, dtype=torch.int32, device=device),
-            torch.tensor(slots, device=device),
-            cache,
-            attend,
-        )
+        return self._blocks(self.embed(tokens), positions.int(), slots, cache, attend)
 
     # ---- one token of each sequence ----
 
