@@ -11,6 +11,7 @@ from prefixquant.modeling import load
 from prefixquant.ops import quantize_dynamic
 from prefixquant.runtime import Runtime, Sampling, decoder
 from prefixquant.runtime.cache import StaticCache
+from prefixquant.runtime.graphs import length_bound, places_for
 from prefixquant.runtime.head import make_head
 from prefixquant.runtime.sampling import choose, filtered_logits
 from test_modeling import CALIBRATION, save, write
@@ -295,6 +296,29 @@ def test_out_of_memory_leaves_the_runtime_usable(folder, monkeypatch, error):
         with pytest.raises(OutOfMemoryError, match="4 sequences of up to 52 tokens"):
             runtime.generate(prompts(), NEW)
     assert runtime.generate(prompts([5]), NEW) == expected
+
+
+def test_out_of_memory_in_the_context_of_another_error(folder, monkeypatch):
+    runtime = endless(folder)
+
+    def fail(*arguments):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        finally:
+            raise RuntimeError("capture_end: operation failed due to a previous error")
+
+    monkeypatch.setattr(StaticCache, "allocate", fail)
+    with pytest.raises(OutOfMemoryError, match="out of memory"):
+        runtime.generate(prompts(), NEW)
+
+
+def test_buckets_of_the_graphs():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [places_for(n, cuda) for n in (1, 3, 16, 17, 300)] == [1, 4, 16, 32, 300]
+    assert places_for(3, cpu) == 3
+    bounds = [length_bound(n, 5000) for n in (1, 512, 513, 4096, 4097)]
+    assert bounds == [512, 512, 1024, 4096, 5000]
+    assert length_bound(3, 256) == 256
 
 
 def test_other_errors_are_not_hidden(folder, monkeypatch):

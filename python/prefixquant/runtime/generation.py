@@ -227,7 +227,7 @@ class _Readback:
         self._host = torch.empty(len(tokens), dtype=tokens.dtype, pin_memory=True)
         self._host.copy_(tokens, non_blocking=True)
         self._done = torch.cuda.Event()
-        self._done.record()
+        self._done.record(torch.cuda.current_stream(tokens.device))
 
     def tokens(self) -> list[int]:
         self._done.synchronize()
@@ -246,6 +246,11 @@ def _stop_ids(folder: Path, weights: Weights) -> set[int]:
     return set(ids) if isinstance(ids, list | tuple) else {ids}
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch says it by a type on a GPU and by a text on a CPU.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    # torch says it by a type on a GPU and by a text on a CPU; the end of a graph capture that ran
+    # out of memory raises another error, in whose context the first one is.
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            return True
+        error = error.__context__
+    return False

@@ -44,7 +44,8 @@ class DecodeGraphs:
         """One step; ``max_length`` bounds its lengths. Returns `logits`."""
         bound = length_bound(max_length, self.cache.capacity)
         if bound not in self._graphs:
-            self._graphs[bound] = self._capture(bound)
+            with torch.cuda.device(self.logits.device):
+                self._graphs[bound] = self._capture(bound)
         self._graphs[bound].replay()
         return self.logits
 
