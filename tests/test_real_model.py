@@ -11,6 +11,7 @@ from prefixquant.config import RecipeConfig, Scheme
 from prefixquant.loading import load_float_model
 from prefixquant.modeling import load
 from prefixquant.modeling.load import linear_weight_bytes
+from prefixquant.runtime import Runtime
 from prefixquant.simulate import SimulatedModel
 from prefixquant.workflow import Origin, Protocol, calibration_tokens, quantize_and_save
 
@@ -92,3 +93,22 @@ def test_memory_and_generation(smol, quantized):
         single = model.generate(**alone, max_new_tokens=8, do_sample=False)
         new = single[0, alone["input_ids"].shape[1] :]
         assert torch.equal(row[inputs["input_ids"].shape[1] :][: len(new)], new)
+
+
+def test_runtime_generates_the_same_tokens(smol, quantized):
+    _, tokenizer = smol
+    model, runtime = load(quantized[0]), Runtime.from_checkpoint(quantized[0])
+    runtime.stop_ids = frozenset()
+    texts = ["The capital of France is", "Water boils at a temperature of", "def fibonacci(n):"]
+    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    for prompt, new in zip(prompts, runtime.generate(prompts, 24), strict=True):
+        ids = torch.tensor([prompt])
+        expected = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert new == expected[0, len(prompt) :].tolist()
