@@ -3,6 +3,7 @@
 # make demo       everything on a fresh machine: environment, build, a real 135M model, W4A4KV4
 # make test       the test suite (minutes); make test-slow: the long ones
 # make test-matrix  the transformers tests on the first supported version of transformers
+# make test-extras  tests that need lm_eval, the server's packages or compressed-tensors
 # make lint       what CI would refuse; make format: mend what can be mended by a tool
 # make cuda       compile the CUDA part without running it (needs nvcc): CUDA_ARCHS="80-real;90a-real"
 #
@@ -30,7 +31,7 @@ export HF_HUB_OFFLINE := 1
 export TQDM_DISABLE := 1
 export PREFIXQUANT_TEST_GGUF := $(CURDIR)/$(MODEL)
 
-.PHONY: demo test test-slow test-matrix lint format cuda clean
+.PHONY: demo test test-slow test-matrix test-extras lint format cuda clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed $(MODEL)
@@ -50,6 +51,10 @@ test-matrix: $(VENV)/installed build/transformers-5.16.1
 build/transformers-%: | $(VENV)/python
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ "transformers==$*"
 	$(BIN)/python -m pip install --quiet --target $@ "huggingface_hub>=1.5,<2" httpx
+
+# Third-party code on our checkpoints: lm_eval, an OpenAI client against the server, compressed-tensors.
+test-extras: $(VENV)/extras
+	$(BIN)/python -m pytest -m "not gpu" tests/test_lm_eval.py tests/test_serve.py tests/test_export.py
 
 lint: $(VENV)/lint-tools
 	$(BIN)/pre-commit run --all-files
@@ -83,6 +88,10 @@ $(VENV)/python:
 # only what changed.
 $(VENV)/installed: $(VENV)/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet ".[gguf]" --group test
+	touch $@
+
+$(VENV)/extras: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet ".[eval,serve,export]"
 	touch $@
 
 $(VENV)/lint-tools: $(VENV)/python pyproject.toml

@@ -15,6 +15,13 @@ _PACKAGES = (
     "accelerate",
     "gguf",
     "numpy",
+    "typer",
+    "rich",
+    "PyYAML",
+    "lm_eval",
+    "compressed-tensors",
+    "fastapi",
+    "openai",
 )
 
 
