@@ -97,3 +97,15 @@ def test_command(tmp_path):
     result = CliRunner().invoke(app, ["bench", str(tmp_path)], catch_exceptions=False)
     assert result.exit_code == 2
     assert "expected a prefixquant checkpoint or one of" in result.stderr
+
+
+def test_every_option_of_the_command():
+    arguments = ["bench", "tiny", "--batch", "2", "--context", "6", "--new-tokens", "2", "--json"]
+    arguments += ["--scheme", "w4a8kv8", "--head-bits", "8", "--kv-bits", "16", "--device", "cpu"]
+    arguments += ["--baseline", "--profile"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["case"] == {"batch": 2, "context": 6, "new_tokens": 2}
+    assert "profile" in report
+    assert "transformers" in result.stdout  # the baseline
