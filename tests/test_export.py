@@ -150,6 +150,7 @@ def test_command(tmp_path):
     folder = save(tmp_path / "q", scheme="w4a4kv4")
     result = run("export", folder, "-o", tmp_path / "view", "--json")
     assert result.exit_code == 0, result.stderr
+    assert "w4a16kv16 checkpoint makes a better view" in result.stderr
     report = json.loads(result.stdout)
     assert report["down_proj"] == "int4"
     config = json.loads((tmp_path / "view" / "config.json").read_text())

@@ -74,6 +74,11 @@ def export_compressed_tensors(
     if quantization.outlier_fraction:
         raise UserError("export: the format has no place for the outliers of quantease-outlier")
     output = check_output_folder(output)
+    if quantization.activation_bits < 16:
+        progress.note(
+            f"note: these weights are fitted to {quantization.activation_bits}-bit activations; a "
+            f"w{quantization.weight_bits}a16kv16 checkpoint makes a better view"
+        )
     view = _View(checkpoint, down_proj)
     roles = model_roles(checkpoint.hf_config())
     with progress.stage("export", total=checkpoint.sizes.num_layers) as advance:
