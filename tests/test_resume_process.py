@@ -193,6 +193,14 @@ def wait_for_blocks(out, count):
     return wait
 
 
+def wait_for_time(seconds, after=lambda process: None):
+    def wait(process):
+        after(process)
+        time.sleep(seconds)
+
+    return wait
+
+
 def test_kill_9_while_blocks_are_made(model_folder, undisturbed, tmp_path):
     out = tmp_path / "out"
     assert kill_and_resume(model_folder, out, wait_for_blocks(out, 2)) >= 2
@@ -211,9 +219,12 @@ def test_kill_9_at_random_moments(model_folder, undisturbed, tmp_path):
     come = []
     for attempt in range(20):
         out = tmp_path / f"out{attempt}"
-        # Half of them while blocks are made and written, which is a small part of a tiny model.
-        part = moments.random() if attempt % 2 else 0.75 + 0.25 * moments.random()
-        come.append(kill_and_resume(model_folder, out, lambda p, s=part * whole: time.sleep(s)))
+        if attempt % 2:
+            wait = wait_for_time(moments.random() * whole)
+        else:  # while blocks are made and kept, which is a small part of a tiny model's time
+            block = wait_for_blocks(out, moments.randrange(BLOCKS))
+            wait = wait_for_time(0.05 * moments.random(), after=block)
+        come.append(kill_and_resume(model_folder, out, wait))
         assert_same_checkpoint(out, undisturbed)
         assert [p.name for p in tmp_path.iterdir()] == [out.name]
         shutil.rmtree(out)
