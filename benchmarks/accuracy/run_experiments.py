@@ -5,8 +5,7 @@
         --model M.gguf --text TEXT.txt.gz --name smollm2-135m --device cuda
 
 Protocol as in run_protocol.py (calibration on the first 82 % of the text, perplexity over windows
-of the last 18 %), by fake quantization. ``update_readme.py`` writes the
-tables of docs/results.md from the files.
+of the last 18 %), by fake quantization. ``update_readme.py`` writes the tables of docs/results.md.
 """
 
 import argparse
@@ -23,6 +22,7 @@ from prefixquant.config import COMPENSATION
 from prefixquant.doctor import environment
 from prefixquant.prefix import paper_prefix
 from prefixquant.report import replace_files, report_json
+from prefixquant.solvers import QuantizedWeight, WeightSolver
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from accuracy.workbench import Setting, Workbench, add_arguments
@@ -49,15 +49,13 @@ def without_search():
     def activation_scale(x, weights, bits, mode):
         return quantizer.minmax_scale(x.abs().max(), bits)
 
-    def solve(self, weights, bits, hessian):
-        return [calibrate_rtn(weight, bits) for weight in weights]
-
-    from prefixquant.solvers import QuantizedWeight, WeightSolver
-
-    def calibrate_rtn(weight, bits):
+    def round_to_nearest(weight, bits):
         scale = quantizer.minmax_scale(weight.abs().amax(dim=1), bits)
         q = quantizer.quantize(weight, scale[:, None], bits).to(torch.int8)
         return QuantizedWeight(q, scale, bits)
+
+    def solve(self, weights, bits, hessian):
+        return [round_to_nearest(weight, bits) for weight in weights]
 
     with (
         mock.patch.object(calibrate, "search_head_scales", head_scales),

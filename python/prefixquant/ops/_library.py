@@ -40,3 +40,8 @@ def define_on_every_device(schema: str, *, fake: Callable, run: Callable) -> Cal
 def implement(name: str, function: Callable, dispatch_key: str = "CUDA") -> None:
     """Adds the implementation for one more device to an operation that `define` registered."""
     _LIBRARY.impl(name, function, dispatch_key)
+
+
+def stream_of(t: torch.Tensor) -> int:
+    """The handle of the current CUDA stream on the device of t, as ``_C`` takes it."""
+    return torch.cuda.current_stream(t.device).cuda_stream

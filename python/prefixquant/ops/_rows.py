@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from prefixquant import _C
+from prefixquant.ops._library import stream_of
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -52,7 +53,6 @@ def launch(name: str, first: Tensor, **arguments) -> None:
     """Calls ``_C.<name>`` where `first` is: on the CPU, or on its device's current stream."""
     if first.is_cuda:
         with torch.cuda.device(first.device):
-            stream = torch.cuda.current_stream(first.device).cuda_stream
-            getattr(_C, f"{name}_cuda")(**arguments, stream=stream)
+            getattr(_C, f"{name}_cuda")(**arguments, stream=stream_of(first))
     else:
         getattr(_C, name)(**arguments)

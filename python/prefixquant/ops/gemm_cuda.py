@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prefixquant import _C
 from prefixquant.ops import gemm
-from prefixquant.ops._library import implement
+from prefixquant.ops._library import implement, stream_of
 from prefixquant.ops.gemm_fused import FusedArguments
 
 _K_PER_BLOCK = {4: 64, 8: 32}
@@ -32,10 +32,6 @@ _workspaces: dict[tuple[int, int], tuple[int, Tensor]] = {}
 def _prepacked_shape(bits: int, n: int, k: int) -> tuple[int, ...]:
     padded_k = -(-k // 128) * 128
     return (-(-n // 64), padded_k // _K_PER_BLOCK[bits], 2048)
-
-
-def _stream(t: Tensor) -> int:
-    return torch.cuda.current_stream(t.device).cuda_stream
 
 
 @functools.lru_cache(maxsize=4096)
@@ -70,7 +66,7 @@ def _prepack(bits: int) -> Callable[[Tensor], Tensor]:
         rows = weight.shape[0] if weight.dim() else 0
         prepacked = weight.new_empty(_prepacked_shape(bits, rows, columns), dtype=torch.uint8)
         with torch.cuda.device(weight.device):
-            _C.prepack_cuda(weight=weight, bits=bits, prepacked=prepacked, stream=_stream(weight))
+            _C.prepack_cuda(weight=weight, bits=bits, prepacked=prepacked, stream=stream_of(weight))
         return prepacked
 
     return prepack
@@ -83,7 +79,7 @@ def _unprepack(bits: int) -> Callable[[Tensor, int, int], Tensor]:
         weight = prepacked.new_empty(shape, dtype=dtype)
         with torch.cuda.device(prepacked.device):
             _C.unprepack_cuda(
-                prepacked=prepacked.contiguous(), bits=bits, weight=weight, stream=_stream(weight)
+                prepacked=prepacked.contiguous(), bits=bits, weight=weight, stream=stream_of(weight)
             )
         return weight
 
@@ -129,7 +125,7 @@ def launch_gemm(  # noqa: PLR0913
     if x.dim() == 2:
         x = _aligned_rows(x)
     with torch.cuda.device(x.device):
-        stream = _stream(x)
+        stream = stream_of(x)
         needed = 0
         if config is None:
             config, needed = _plan((tokens, channels, width), bits, x.device.index)

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from prefixquant import _C
-from prefixquant.ops._library import implement
+from prefixquant.ops._library import implement, stream_of
 from prefixquant.ops.kv_decode_attention import empty_output
-from prefixquant.ops.kv_quant_cuda import dequantized_rows, stream_of
+from prefixquant.ops.kv_quant_cuda import dequantized_rows
 
 # Up to this many query tokens the packed cache is read once for every 8 columns (a column is one
 # query token of one head); beyond, unpacking it once is less work.

@@ -2,6 +2,8 @@
 # ruff: noqa: PLR0913  (the arguments of attention over a cache, one by one)
 """Attention of one query token a sequence over the prefix and the cached rows."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,59 +19,33 @@ def empty_output(q: Tensor, output_scale: Tensor | None = None) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=dtype)
 
 
-def _kv_decode_attention_fake(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    lengths: Tensor,
-    block_table: Tensor | None,
-    kv_bits: int,
-    max_length: int,
-    scaling: float,
-    output_scale: Tensor | None,
-    output_bits: int,
-) -> Tensor:
-    return empty_output(q, output_scale)
+class KvDecodeAttentionArguments(NamedTuple):
+    """The arguments of the operation, in the order of its schema and by the names of ``_C``."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    prefix_k: Tensor
+    prefix_v: Tensor
+    lengths: Tensor
+    block_table: Tensor | None
+    kv_bits: int
+    max_length: int
+    scaling: float
+    output_scale: Tensor | None
+    output_bits: int
 
 
-def _kv_decode_attention_cpu(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    lengths: Tensor,
-    block_table: Tensor | None,
-    kv_bits: int,
-    max_length: int,
-    scaling: float,
-    output_scale: Tensor | None,
-    output_bits: int,
-) -> Tensor:
-    out = empty_output(q, output_scale)
-    _C.kv_decode_attention(
-        q=q,
-        k_cache=k_cache,
-        v_cache=v_cache,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        prefix_k=prefix_k,
-        prefix_v=prefix_v,
-        lengths=lengths,
-        block_table=block_table,
-        kv_bits=kv_bits,
-        max_length=max_length,
-        scaling=scaling,
-        output_scale=output_scale,
-        output_bits=output_bits,
-        out=out,
-    )
+def _kv_decode_attention_fake(*arguments) -> Tensor:
+    a = KvDecodeAttentionArguments(*arguments)
+    return empty_output(a.q, a.output_scale)
+
+
+def _kv_decode_attention_cpu(*arguments) -> Tensor:
+    out = _kv_decode_attention_fake(*arguments)
+    _C.kv_decode_attention(**KvDecodeAttentionArguments(*arguments)._asdict(), out=out)
     return out
 
 

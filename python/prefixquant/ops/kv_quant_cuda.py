@@ -1,18 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: PLR0913  (the arguments of the operations, one by one)
 """The CUDA implementations of what writes a KV cache, and reads it back as floats."""
 
 import torch
 from torch import Tensor
 
 from prefixquant import _C
-from prefixquant.ops._library import implement
+from prefixquant.ops._library import implement, stream_of
 from prefixquant.ops.kv_quant import _dequantized, _last_contiguous, _quantized
-from prefixquant.ops.rope_kv_append import empty_queries
-
-
-def stream_of(t: Tensor) -> int:
-    return torch.cuda.current_stream(t.device).cuda_stream
 
 
 def _write(
@@ -98,50 +92,6 @@ def _kv_dequantize(q: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> T
     return y
 
 
-def _rope_kv_append(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    signs: Tensor | None,
-    rotation_size: int,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    kv_bits: int,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    heads: int,
-) -> Tensor:
-    q = empty_queries(qkv, k_cache, kv_bits, heads)
-    with torch.cuda.device(qkv.device):
-        _C.rope_kv_append_cuda(
-            qkv=qkv,
-            cos=cos,
-            sin=sin,
-            positions=positions,
-            q_norm=q_norm,
-            k_norm=k_norm,
-            eps=eps,
-            signs=signs,
-            rotation_size=rotation_size,
-            k_scale=k_scale,
-            v_scale=v_scale,
-            kv_bits=kv_bits,
-            k_cache=k_cache,
-            v_cache=v_cache,
-            slots=slots,
-            heads=heads,
-            q=q,
-            stream=stream_of(qkv),
-        )
-    return q
-
-
 implement("kv_quantize", _kv_quantize)
 implement("kv_append", _kv_append)
 implement("kv_dequantize", _kv_dequantize)
-implement("rope_kv_append", _rope_kv_append)

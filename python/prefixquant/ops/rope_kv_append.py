@@ -2,10 +2,12 @@
 # ruff: noqa: PLR0913  (the arguments of the operation, one by one)
 """Between projection and attention: q/k norms, RoPE, R3, and keys and values into the cache."""
 
+from typing import NamedTuple
+
 from torch import Tensor
 
-from prefixquant import _C
-from prefixquant.ops._library import define
+from prefixquant.ops._library import define_on_every_device
+from prefixquant.ops._rows import launch
 
 
 def empty_queries(qkv: Tensor, k_cache: Tensor, kv_bits: int, heads: int) -> Tensor:
@@ -14,75 +16,46 @@ def empty_queries(qkv: Tensor, k_cache: Tensor, kv_bits: int, heads: int) -> Ten
     return qkv.new_empty((qkv.shape[0] if qkv.dim() else 0, max(heads, 0), dim))
 
 
-def _rope_kv_append_fake(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    signs: Tensor | None,
-    rotation_size: int,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    kv_bits: int,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    heads: int,
-) -> Tensor:
-    return empty_queries(qkv, k_cache, kv_bits, heads)
+class RopeKvAppendArguments(NamedTuple):
+    """The arguments of the operation, in the order of its schema and by the names of ``_C``."""
+
+    qkv: Tensor
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: float
+    signs: Tensor | None
+    rotation_size: int
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    kv_bits: int
+    k_cache: Tensor
+    v_cache: Tensor
+    slots: Tensor
+    heads: int
 
 
-def _rope_kv_append_cpu(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    signs: Tensor | None,
-    rotation_size: int,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    kv_bits: int,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    heads: int,
-) -> Tensor:
-    q = empty_queries(qkv, k_cache, kv_bits, heads)
-    _C.rope_kv_append(
-        qkv=qkv,
-        cos=cos,
-        sin=sin,
-        positions=positions,
-        q_norm=q_norm,
-        k_norm=k_norm,
-        eps=eps,
-        signs=signs,
-        rotation_size=rotation_size,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        kv_bits=kv_bits,
-        k_cache=k_cache,
-        v_cache=v_cache,
-        slots=slots,
-        heads=heads,
-        q=q,
-    )
+def _rope_kv_append_fake(*arguments) -> Tensor:
+    a = RopeKvAppendArguments(*arguments)
+    return empty_queries(a.qkv, a.k_cache, a.kv_bits, a.heads)
+
+
+def _run_rope_kv_append(*arguments) -> Tensor:
+    a = RopeKvAppendArguments(*arguments)
+    q = _rope_kv_append_fake(*arguments)
+    launch("rope_kv_append", a.qkv, **a._asdict(), q=q)
     return q
 
 
-_rope_kv_append = define(
+_rope_kv_append = define_on_every_device(
     "rope_kv_append(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor? q_norm,"
     " Tensor? k_norm, float eps, Tensor? signs, int rotation_size, Tensor? k_scale,"
     " Tensor? v_scale, int kv_bits, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots,"
     " int heads) -> Tensor",
     fake=_rope_kv_append_fake,
-    cpu=_rope_kv_append_cpu,
+    run=_run_rope_kv_append,
 )
 
 
