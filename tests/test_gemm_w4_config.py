@@ -92,6 +92,7 @@ def test_stream_rings_fit_shared_memory(n, k, m, sm_count, weight_bits):
     split_k = -(-blocks // splits) * 128
     assert ring + m * split_k <= 227 * 1024
     assert 2 <= stages <= max(2, split_k // 128)
+    assert stages % 2 == 0 or stages >= split_k // 128  # a slot belongs to one group of warps
     assert config[5] == -(-n // 64) * splits
 
 

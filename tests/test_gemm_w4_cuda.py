@@ -111,14 +111,15 @@ def sm90_configs(m: int, n: int, k: int) -> list[tuple[int, list[int]]]:
     return configs
 
 
-def stream_configs() -> list[tuple[int, list[int]]]:
+def stream_configs(k: int) -> list[tuple[int, list[int]]]:
     """(weight bits, config) of the streaming GEMV: every split, rings of two stages to many."""
     return [
         (bits, [STREAM, 64, 8, stages, splits, 0, splits, 0, release])
         for bits in (4, 8)
         for release in (0, 2)
-        for stages in (2, 3, 7)
+        for stages in (2, 3, 6, 7)
         for splits in (1, 2, 4, 8)
+        if stages % 2 == 0 or stages >= -(-(-(-k // 128)) // splits)
     ]
 
 
@@ -174,7 +175,7 @@ def test_wgmma_kernels_are_exact(m: int, n: int, k: int):
 @pytest.mark.parametrize(("n", "k"), [*SHAPES, *LONG_SHAPES])
 def test_streaming_gemv_is_exact(m: int, n: int, k: int):
     problems = {4: make_problem(m, n, k), 8: make_problem(m, n, k, weight_bits=8)}
-    for bits, config in stream_configs():
+    for bits, config in stream_configs(k):
         check_config(problems[bits], bits, config)
 
 
@@ -409,6 +410,7 @@ def test_config_of_no_kernel_is_refused():
         [STREAM, 64, 8, 1, 1, 0, 1, 0, 0],
         [STREAM, 64, 8, 64, 1, 0, 1, 0, 0],  # the ring exceeds shared memory
         [STREAM, 64, 8, 4, 3, 0, 3, 0, 0],
+        [STREAM, 64, 8, 3, 1, 0, 1, 0, 0],  # a slot that both groups of warps would share
     ):
         with pytest.raises(ValueError, match="config"):
             launch_gemm(*problem.operands(), config=config)

@@ -33,8 +33,10 @@ template <int WeightBits>
 void launch(const GemmW4Params& p, const GemmW4Config& config, cudaStream_t stream) {
   using G = StreamGeometry<WeightBits>;
   const int splits = config.split_k;
-  PQ_REQUIRE(config.stages >= 2 && config.stages <= 64,
-             "gemm_w4: config: expected a ring of 2 to 64 stages, got " << config.stages);
+  const int split_stages = stream_split_stages(p.k, splits);
+  PQ_REQUIRE(config.stages <= 64 && is_stream_ring(config.stages, split_stages),
+             "gemm_w4: config: expected a ring of 2 to 64 stages, an even number or at least the "
+                 << split_stages << " of a split, got " << config.stages);
   const StreamSmem smem = plan_stream_smem(WeightBits, p.m, p.k, splits, config.stages);
   PQ_REQUIRE(smem.total <= kStreamSmemLimit,
              "gemm_w4: config: a ring of " << config.stages << " stages takes " << smem.total
@@ -52,10 +54,10 @@ void launch(const GemmW4Params& p, const GemmW4Config& config, cudaStream_t stre
   arguments.mma.log2_splits = log2_of(splits);
   arguments.mma.weight_is_constant = p.weight_is_constant;
   arguments.smem = smem;
-  arguments.split_stages = stream_split_stages(p.k, splits);
+  arguments.split_stages = split_stages;
   arguments.ring_stages = config.stages;
   arguments.release_stages =
-      config.release_stages == 0 ? arguments.split_stages : config.release_stages;
+      config.release_stages == 0 ? split_stages : config.release_stages;
 
   const auto kernel = gemm_w4_stream_kernel<G>;
   PQ_CUDA_CHECK(

@@ -61,11 +61,13 @@ constexpr Measured kMeasured[] = {
 
 int div_up(int a, int b) { return (a + b - 1) / b; }
 
-// The slots of a ring of at most `ring_kb`, no more than a split has stages; 0 where not two fit.
+// The slots of a ring of at most `ring_kb`, no more than a split has stages, valid by
+// is_stream_ring(); 0 where not two fit.
 int ring_stages_of(const GemmW4Shape& shape, const Choice& choice) {
   const int fitting = choice.ring_kb * 1024 / stream_stage_bytes(shape.weight_bits);
   const int of_split = std::max(2, stream_split_stages(shape.k, choice.splits));
   for (int stages = std::min(fitting, of_split); stages >= 2; --stages) {
+    if (!is_stream_ring(stages, of_split)) continue;
     const StreamSmem smem =
         plan_stream_smem(shape.weight_bits, shape.m, shape.k, choice.splits, stages);
     if (smem.total <= kStreamSmemLimit) return stages;

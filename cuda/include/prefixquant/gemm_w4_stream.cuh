@@ -30,7 +30,7 @@ struct GemmW4StreamLaunch {
   GemmW4MmaLaunch mma;  // chunk_units, chunk_buffers, token_tiles and late_trigger are not used
   StreamSmem smem;
   int split_stages;    // of 128 k; the last split may have fewer
-  int ring_stages;     // slots of the ring, at least two
+  int ring_stages;     // slots of the ring; see is_stream_ring()
   int release_stages;  // the next launch may start when so many stages of the split are left
 };
 
