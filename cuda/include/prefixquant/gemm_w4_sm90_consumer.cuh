@@ -69,16 +69,18 @@ struct GemmW4Sm90Consumer {
           smem.w(stage) + (consumer * kM64 + mb) * Traits::kW64Bytes, thread, a[kBuffer][mb]);
   }
 
-  // Tells every producer that writes to this stage that this thread has finished with it. Alone,
+  // Tells every producer that writes to this stage that this thread has finished with it. At home
   // every lane speaks for its own reads: that costs nothing (H100, M = 17 .. 4096), and it is the
-  // form that compute-sanitizer's racecheck follows. In a cluster one lane a CTA speaks for the
-  // warp, because each arrival elsewhere is a message: wgmma_wait has just converged the warp, and
-  // every lane's fragments have been used.
+  // form that compute-sanitizer's racecheck follows. At the other CTAs of a cluster one lane speaks
+  // for the warp, because each arrival there is a message: wgmma_wait has just converged the warp,
+  // and every lane's fragments have been used.
   __device__ __forceinline__ void release(int stage) {
-    if constexpr (Traits::kCluster == 1) {
-      mbarrier_arrive(smem.empty(stage));
-    } else {
-      if (thread % 32 < Traits::kCluster) mbarrier_arrive_cluster(smem.empty(stage), thread % 32);
+    mbarrier_arrive(smem.empty(stage));
+    if constexpr (Traits::kCluster > 1) {
+      const int rank = thread % 32;
+      if (rank < Traits::kCluster && rank != cta.rank) {
+        mbarrier_arrive_cluster(smem.empty(stage), rank);
+      }
     }
   }
 

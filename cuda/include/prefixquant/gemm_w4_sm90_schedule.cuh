@@ -48,8 +48,8 @@ struct GemmW4Sm90Traits {
   static constexpr int kProducerRegisters = 56;
   static constexpr int kConsumerRegisters = 224;
   static constexpr int kAccumulators = BLOCK_TOKENS / 2;  // per thread and group of 64 channels
-  // Arrivals that empty a stage: all threads of the consumers, or a lane a warp of the cluster.
-  static constexpr int kStageReaders = kCluster == 1 ? kConsumers * 128 : kCluster * kConsumers * 4;
+  // Arrivals that empty a stage: all threads of the consumers, and a lane a warp of the other CTAs.
+  static constexpr int kStageReaders = kConsumers * 128 + (kCluster - 1) * kConsumers * 4;
 
   static_assert(kWeightBits == 4 || kWeightBits == 8, "weights are int4 or int8");
   static_assert(BLOCK_TOKENS % 16 == 0 && BLOCK_TOKENS <= 256, "N of wgmma");
