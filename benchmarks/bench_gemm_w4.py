@@ -197,6 +197,20 @@ class Layer:
         return launch
 
 
+STEADY = 1.15  # 90th over 10th percentile of a cell that nothing disturbed
+
+
+def time_steadily(launch: Callable[[int], Tensor], copies: int) -> Timing:
+    """A disturbed cell is timed again, twice at most, ours and the peers' alike."""
+    best = time_graph(launch, copies, REPLAY_MS)
+    for _ in range(2):
+        if best.high_us <= STEADY * best.low_us:
+            break
+        again = time_graph(launch, copies, REPLAY_MS)
+        best = min(best, again, key=lambda t: t.high_us / t.low_us)
+    return best
+
+
 def measure(launch: Callable[..., Tensor], m: int) -> Timing | None:
     """None where the peer cannot run the shape; of several tiles the fastest."""
     best = None
@@ -205,10 +219,8 @@ def measure(launch: Callable[..., Tensor], m: int) -> Timing | None:
         if tile == 1 and m > 512:  # the small tile never wins there
             continue
         try:
-            timing = time_graph(
-                lambda copy, arguments=arguments: launch(m, copy, **arguments),
-                launch.copies,
-                REPLAY_MS,
+            timing = time_steadily(
+                lambda copy, arguments=arguments: launch(m, copy, **arguments), launch.copies
             )
         except (RuntimeError, ValueError):
             torch.cuda.synchronize()
@@ -329,7 +341,8 @@ def main() -> None:
         "rows": rows,
         "environment": environment(),
         "protocol": (
-            "replay of CUDA graphs of 1 ms, median of 9, weights rotated out of L2 (4 x its size), "
+            "replay of CUDA graphs of 1 ms, median of 9 (a cell whose replays spread by more than "
+            "15 % is timed again, twice at most), weights rotated out of L2 (4 x its size), "
             "Gaussian operands, back-to-back launches (ours with programmatic dependent launch); "
             "us cells are [median, 10th, 90th percentile]; checked bit for bit before timing"
         ),

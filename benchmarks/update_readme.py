@@ -82,9 +82,40 @@ def gemm_summary(result: dict) -> dict:
     }
 
 
+def solver_summary(result: dict) -> dict:
+    """A file of run_solvers.py as one row a solver."""
+
+    def cells(row: dict) -> list:
+        over_gptq, recovered = row["error_over_gptq"], row.get("recovered")
+        return [
+            row["setting"],
+            row["ppl"],
+            row["kl"],
+            row["mean_layer_error"],
+            over_gptq and over_gptq["mean"],
+            over_gptq and over_gptq["worst"],
+            None if recovered is None else 100 * recovered,
+            round(row["seconds"], 1),
+        ]
+
+    kind = "rotated" if result["rotations"] else "not rotated"
+    return {
+        "table": "solvers",
+        "title": f"{result['model']}: weights of {result['bits']} bits a channel, {kind}, by solver",
+        "columns": [
+            *("solver", "PPL", "KL", "layer error", "over GPTQ's, mean", "worst layer"),
+            *("regained, %", "seconds"),
+        ],
+        "rows": [cells(row) for row in result["rows"]],
+        "note": f"Float model behind the same prefix: {result['float_ppl']:.2f}.",
+    }
+
+
 def load_results(folder: Path) -> list[dict]:
-    results = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.rglob("*.json"))]
-    results = [r for r in results if isinstance(r, dict) and "table" in r]
+    found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.rglob("*.json"))]
+    found = [r for r in found if isinstance(r, dict)]
+    results = [r for r in found if "table" in r]
+    results += [solver_summary(r) for r in found if r.get("experiment") == "weight-only solvers"]
     return results + [gemm_summary(r) for r in results if r["table"] == "gemm_w4"]
 
 
