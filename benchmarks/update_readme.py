@@ -101,7 +101,7 @@ def solver_summary(result: dict) -> dict:
     kind = "rotated" if result["rotations"] else "not rotated"
     return {
         "table": "solvers",
-        "title": f"{result['model']}: weights of {result['bits']} bits a channel, {kind}, by solver",
+        "title": f"{result['model']}: weights of {result['bits']} bits a channel, {kind}",
         "columns": [
             *("solver", "PPL", "KL", "layer error", "over GPTQ's, mean", "worst layer"),
             *("regained, %", "seconds"),

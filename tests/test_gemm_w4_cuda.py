@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA GEMM: every compiled kernel bit for bit, streams, graphs, compile, wrong arguments."""
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,13 +114,14 @@ def sm90_configs(m: int, n: int, k: int) -> list[tuple[int, list[int]]]:
 
 def stream_configs(k: int) -> list[tuple[int, list[int]]]:
     """(weight bits, config) of the streaming GEMV: every split, rings of two stages to many."""
+    blocks = math.ceil(k / 128)
     return [
         (bits, [STREAM, 64, 8, stages, splits, 0, splits, 0, release])
         for bits in (4, 8)
         for release in (0, 2)
         for stages in (2, 3, 6, 7)
         for splits in (1, 2, 4, 8)
-        if stages % 2 == 0 or stages >= -(-(-(-k // 128)) // splits)
+        if stages % 2 == 0 or stages >= math.ceil(blocks / splits)
     ]
 
 
