@@ -65,6 +65,13 @@ def parse_arguments() -> argparse.Namespace:
         help="scheme:prefix, the prefix as in quantize; scheme:prefix:plain for round-to-nearest "
         "weights that make up for nothing",
     )
+    parser.add_argument(
+        "--float-prefix",
+        nargs="+",
+        type=int,
+        default=(),
+        help="token ids of one more prefix under which the float model is measured",
+    )
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--device", default="cpu", help="of the float models and quantization")
@@ -123,6 +130,7 @@ def main() -> None:
         (REFERENCE, search.prefix),
         ("float, BOS", (search.bos,)),
         ("float, paper's prefix", by_paper.prefix),
+        ("float, given prefix", tuple(arguments.float_prefix)),
     ):
         if ids not in prefixes.values():
             prefixes[name] = ids
