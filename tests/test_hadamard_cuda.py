@@ -57,7 +57,7 @@ def check_swiglu(gate, up, signs, size, bits=8):
     q, scale = ops.swiglu_hadamard_quantize_dynamic(*arguments, bits)
     expected_q, expected_scale = reference.quantize_dynamic(y, bits)
     torch.testing.assert_close(scale.cpu(), expected_scale, rtol=2e-6, atol=1e-38)
-    quotient = y.double().reshape(len(expected_scale), -1) / expected_scale.double()[:, None]
+    quotient = y.double().reshape(-1, y.shape[-1]) / expected_scale.double()[:, None]
     assert_quantized_close(q.cpu(), expected_q, quotient.reshape(y.shape))
 
 

@@ -5,6 +5,9 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <cstdint>
+
 #include "prefixquant/check.h"
 
 namespace prefixquant {
@@ -34,15 +37,25 @@ struct LaunchShape {
   int cluster = 1;
 };
 
+// Lets a kernel have `bytes` of dynamic shared memory beside its static shared memory, which counts
+// towards the 48 KB that need no permission. Asks for all there is, so that the launches of several
+// host threads do not take each other's permission away.
+template <typename Kernel>
+void allow_dynamic_smem(Kernel kernel, size_t bytes) {
+  cudaFuncAttributes attributes = {};
+  PQ_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  if (static_cast<int64_t>(bytes) <= attributes.maxDynamicSharedSizeBytes) return;
+  const int all = CurrentDevice().smem_limit - static_cast<int>(attributes.sharedSizeBytes);
+  PQ_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     std::max(all, static_cast<int>(bytes))));
+}
+
 // Launches with programmatic dependent launch where the device has it (sm_90): the kernel must wait
 // (grid_dependency_wait) before it reads or writes what earlier kernels of the stream touch.
 template <typename... Parameters, typename... Arguments>
 void launch_dependent(void (*kernel)(Parameters...), const LaunchShape& shape, int arch,
                       cudaStream_t stream, const Arguments&... arguments) {
-  if (shape.smem > 48 * 1024) {
-    PQ_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       static_cast<int>(shape.smem)));
-  }
+  if (shape.smem > 0) allow_dynamic_smem(kernel, shape.smem);
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t launch = {};
   launch.gridDim = dim3(static_cast<unsigned>(shape.grid));
