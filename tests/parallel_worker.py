@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each rank of test_parallel.py runs under torchrun."""
+"""What each rank of test_parallel.py runs under torchrun, on GPUs where there are any."""
 
 import sys
 
@@ -13,7 +13,7 @@ checkpoint, inputs, output, saved = sys.argv[1:]
 torch.set_num_threads(1)
 config = DistributedConfig(tp_size=2)
 model = AutoModelForCausalLM.from_pretrained(checkpoint, distributed_config=config)
-data = load_file(inputs)
+data = {name: tensor.to(model.device) for name, tensor in load_file(inputs).items()}
 mask = data["mask"]
 with torch.no_grad():
     logits = model(data["ids"], attention_mask=mask).logits
@@ -28,5 +28,7 @@ with torch.no_grad():
 packed = sum(b.numel() for n, b in model.named_buffers() if n.endswith("proj.weight"))
 model.save_pretrained(saved)
 if torch.distributed.get_rank() == 0:
-    save_file({"logits": logits, "tokens": tokens, "packed": torch.tensor(packed)}, output)
+    found = {"logits": logits, "tokens": tokens, "packed": torch.tensor(packed)}
+    device = torch.tensor([ord(c) for c in str(model.device)])
+    save_file({name: t.cpu() for name, t in {**found, "device": device}.items()}, output)
 torch.distributed.destroy_process_group()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor parallelism through transformers: two ranks (gloo, on the CPU) are one model."""
+"""Tensor parallelism through transformers: two ranks are one model, on the CPU (gloo) and on GPUs
+(NCCL)."""
 
 import os
 import subprocess
@@ -41,32 +42,37 @@ def save(folder, family="llama", r4_block_size=40, **changes):
     return folder
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
-def test_two_ranks_are_one_model(family, tmp_path):
-    pytest.importorskip("transformers.distributed", reason="transformers 5.16 has it elsewhere")
-    folder = save(tmp_path / "q", family)
-    ids = torch.randint(2, 97, (2, 11))
+def inputs(length=11):
+    """Two prompts, the first padded on the left: ids and mask [2, length]."""
+    ids = torch.randint(2, 97, (2, length))
     mask = torch.ones_like(ids)
-    mask[0, :4] = 0  # left padding
-    save_file({"ids": ids, "mask": mask}, tmp_path / "in")
-    worker = Path(__file__).with_name("parallel_worker.py")
+    mask[0, :4] = 0
+    return ids, mask
+
+
+def run_two_ranks(folder, ids, mask, environment):
+    """What parallel_worker.py has found out under torchrun; it saves the model to ``saved``."""
+    folder, worker = Path(folder), Path(__file__).with_name("parallel_worker.py")
+    save_file({"ids": ids, "mask": mask}, folder.parent / "in")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    paths = [folder, tmp_path / "in", tmp_path / "out", tmp_path / "saved"]
+    paths = [folder, *(folder.parent / name for name in ("in", "out", "saved"))]
     done = subprocess.run(
         [*command, str(worker), *map(str, paths)],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    output = load_file(tmp_path / "out")
-    model = prefixquant.load(folder)
-    expected = model(ids, attention_mask=mask).logits
-    # The float sums of two ranks in another order: an activation at a tie may take the next level.
-    error = (output["logits"] - expected)[mask.bool()].square().sum()
-    assert error / expected[mask.bool()].square().sum() < 1e-4
-    alone = model.generate(
+    return load_file(folder.parent / "out")
+
+
+def device_of(output):
+    return "".join(map(chr, output["device"].tolist()))
+
+
+def generate(model, ids, mask):
+    return model.generate(
         ids,
         attention_mask=mask,
         max_new_tokens=6,
@@ -74,10 +80,68 @@ def test_two_ranks_are_one_model(family, tmp_path):
         pad_token_id=1,
         eos_token_id=None,
     )
-    assert torch.equal(output["tokens"], alone)
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
+def test_two_ranks_are_one_model(family, tmp_path):
+    pytest.importorskip("transformers.distributed", reason="transformers 5.16 has it elsewhere")
+    folder = save(tmp_path / "q", family)
+    ids, mask = inputs()
+    # Without GPUs in sight the ranks run on the CPU.
+    output = run_two_ranks(folder, ids, mask, {"CUDA_VISIBLE_DEVICES": ""})
+    assert device_of(output) == "cpu"
+    model = prefixquant.load(folder)
+    expected = model(ids, attention_mask=mask).logits
+    # The float sums of two ranks in another order: an activation at a tie may take the next level.
+    error = (output["logits"] - expected)[mask.bool()].square().sum()
+    assert error / expected[mask.bool()].square().sum() < 1e-4
+    assert torch.equal(output["tokens"], generate(model, ids, mask))
     whole = sum(b.numel() for n, b in model.named_buffers() if n.endswith("proj.weight"))
     assert output["packed"] < 0.75 * whole  # half, and the padding of small kernels' layouts
-    assert (tmp_path / "saved" / WEIGHTS_NAME).read_bytes() == (folder / WEIGHTS_NAME).read_bytes()
+    saved = folder.parent / "saved" / WEIGHTS_NAME
+    assert saved.read_bytes() == (folder / WEIGHTS_NAME).read_bytes()
+
+
+# Parts that fill the blocks of the GPU kernels' layout: 64 rows, 128 inputs.
+GPU_SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("length", [11, 40])
+def test_two_gpus_are_one(family, length, tmp_path):
+    """Over NCCL. The sums of two ranks are rounded to 16 bits once more than those of one."""
+    pytest.importorskip("transformers.distributed", reason="transformers 5.16 has it elsewhere")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    folder = save(tmp_path / "q", family, r4_block_size=128, **GPU_SIZES)
+    ids, mask = inputs(length)
+    output = run_two_ranks(folder, ids, mask, {})
+    assert device_of(output) == "cuda:0"
+    model = prefixquant.load(folder, device="cuda")
+    expected = model(ids.cuda(), attention_mask=mask.cuda()).logits.cpu().float()
+    seen = mask.bool()
+    error = (output["logits"].float() - expected)[seen].square().sum()
+    assert error / expected[seen].square().sum() < 0.01
+    # Every token of the two ranks is the likeliest of one, or near it.
+    tokens = output["tokens"]
+    longer = torch.cat([mask, torch.ones(len(tokens), tokens.shape[1] - length)], 1).long()
+    logits = model(tokens.cuda(), attention_mask=longer.cuda()).logits[:, length - 1 : -1]
+    logits = logits.cpu().float()
+    chosen = logits.gather(-1, tokens[:, length:, None])[..., 0]
+    assert ((logits.max(-1).values - chosen) / logits.std(-1)).max() < 0.2
+    alone = generate(model, ids.cuda(), mask.cuda()).cpu()
+    assert (alone[:, length] == tokens[:, length]).all()
+    whole = sum(b.numel() for n, b in model.named_buffers() if n.endswith("proj.weight"))
+    assert 2 * output["packed"] == whole
+    saved = folder.parent / "saved" / WEIGHTS_NAME
+    assert saved.read_bytes() == (folder / WEIGHTS_NAME).read_bytes()
 
 
 def test_parts_make_up_the_whole(tmp_path):

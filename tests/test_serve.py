@@ -15,6 +15,7 @@ import prefixquant
 import pytest
 import torch
 from prefixquant.errors import UserError
+from prefixquant.integrations.runtime_generate import generate_on_runtime
 from prefixquant.integrations.serve import start_server
 from test_cli import SMALL, assert_one_line_error, run
 from tiny_model import byte_tokenizer, save_tiny_llama
@@ -23,10 +24,8 @@ PROMPT = "Once upon a time"
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("serve")
-    save_tiny_llama(folder / "llama")
+def make_checkpoint(folder, **sizes):
+    save_tiny_llama(folder / "llama", **sizes)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}|{% endfor %}"
     tokenizer.save_pretrained(folder / "llama")
@@ -35,10 +34,17 @@ def checkpoint(tmp_path_factory):
     return folder / "q"
 
 
-def expected(checkpoint, text, new_tokens):
-    """The greedy continuation, by plain generate."""
-    tokenizer, model = byte_tokenizer(), prefixquant.load(checkpoint)
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("serve"))
+
+
+def expected(checkpoint, text, new_tokens, device="cpu"):
+    """The greedy continuation, by plain generate; on a GPU by the runtime, which rounds elsewhere."""
+    tokenizer, model = byte_tokenizer(), prefixquant.load(checkpoint, device=device)
+    if device != "cpu":
+        assert generate_on_runtime(model) is not None
+    ids = tokenizer(text, return_tensors="pt")["input_ids"].to(device)
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -77,10 +83,10 @@ def complete(text):
     return text.rstrip("\ufffd")
 
 
-def check_completions(api, checkpoint):
+def check_completions(api, checkpoint, device="cpu"):
     """Whole and streamed, both ways of asking: the text of plain `generate`."""
     arguments = {"model": checkpoint.name, "max_tokens": 7, "temperature": 0, "seed": 0}
-    wanted = expected(checkpoint, PROMPT, 7)
+    wanted = expected(checkpoint, PROMPT, 7, device)
     whole = api.completions.create(prompt=PROMPT, **arguments)
     assert whole.choices[0].text == wanted
     parts = api.completions.create(prompt=PROMPT, stream=True, **arguments)
@@ -88,7 +94,7 @@ def check_completions(api, checkpoint):
     assert complete("".join(streamed)) == complete(wanted)
 
     messages = [{"role": "user", "content": PROMPT}]
-    wanted = expected(checkpoint, PROMPT + "|", 7)
+    wanted = expected(checkpoint, PROMPT + "|", 7, device)
     whole = api.chat.completions.create(messages=messages, **arguments)
     assert whole.choices[0].message.content == wanted
     parts = api.chat.completions.create(messages=messages, stream=True, **arguments)
@@ -103,16 +109,24 @@ def needs_packages():
         pytest.importorskip(name, reason="the [serve] extra is not installed")
 
 
-def test_client(checkpoint, needs_packages):
-    port = free_port()
+def server(checkpoint, port, device="cpu"):
     command = [sys.executable, "-m", "prefixquant.cli", "serve", str(checkpoint)]
-    process = subprocess.Popen(
-        [*command, "--port", str(port), "--log-level", "error", "--seed", "0"],
+    options = {"port": port, "log-level": "error", "seed": 0, "device": device}
+    return subprocess.Popen(
+        [
+            *command,
+            *(word for name, value in options.items() for word in (f"--{name}", str(value))),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
+
+
+def test_client(checkpoint, needs_packages):
+    port = free_port()
+    process = server(checkpoint, port)
     try:
         wait_until_up(port, lambda: process.poll() is None)
         check_completions(client(port), checkpoint)
@@ -126,6 +140,21 @@ def test_client(checkpoint, needs_packages):
             start_server(str(checkpoint), port=port)
         process.terminate()
         assert process.wait(30) in (0, -15)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.gpu
+def test_client_of_a_gpu(tmp_path, needs_packages):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
+    checkpoint, port = make_checkpoint(tmp_path, **sizes), free_port()
+    process = server(checkpoint, port, "cuda")
+    try:
+        wait_until_up(port, lambda: process.poll() is None)
+        check_completions(client(port), checkpoint, "cuda")
     finally:
         process.kill()
         process.communicate()

@@ -2,13 +2,15 @@
 """An OpenAI-compatible server: `transformers serve` in a process that knows our quantizer.
 
 Everything a client sees (completions, chat, streaming, /v1/models, /health) is transformers' own;
-the model behind it is loaded once, as `AutoModelForCausalLM.from_pretrained` loads it. Its
+the model behind it is loaded once, as `AutoModelForCausalLM.from_pretrained` loads it. The server
+calls `model.generate` for every request: that is the hook by which requests reach our runtime. Its
 continuous batching is off: it knows only attention without a prefix, and keeps a cache of its own.
 """
 
 import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +49,30 @@ def start_server(
     before = Path.cwd()
     os.chdir(Path(target).resolve().parent)
     try:
-        serve(
-            force_model=name,
-            host=host,
-            port=port,
-            device=device,
-            default_seed=seed,
-            log_level=log_level,
-        )
+        with _models_on_the_runtime():
+            serve(
+                force_model=name,
+                host=host,
+                port=port,
+                device=device,
+                default_seed=seed,
+                log_level=log_level,
+            )
     finally:
         os.chdir(before)
+
+
+@contextlib.contextmanager
+def _models_on_the_runtime() -> Iterator[None]:
+    """Models that are loaded meanwhile generate on `Runtime` where it can run them."""
+    from prefixquant.integrations.runtime_generate import generate_on_runtime
+    from prefixquant.integrations.transformers import PrefixQuantizer
+
+    PrefixQuantizer.after_loading = generate_on_runtime
+    try:
+        yield
+    finally:
+        PrefixQuantizer.after_loading = None
 
 
 def model_name(target: str) -> str:

@@ -10,8 +10,9 @@ This module is imported while transformers imports its quantizers: it may import
 those at the top level.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -46,6 +47,8 @@ class PrefixQuantizer(HfQuantizer):
     """Loads and saves checkpoints under transformers' `from_pretrained` and `save_pretrained`."""
 
     requires_calibration = True  # a float model is quantized by `prefixquant quantize`
+    # Called with every model that from_pretrained has loaded; a server sets it.
+    after_loading: ClassVar[Callable[[nn.Module], Any] | None] = None
 
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
@@ -118,7 +121,10 @@ class PrefixQuantizer(HfQuantizer):
         if self._device.type != "cpu" and self._dtype in (torch.float16, torch.bfloat16):
             dtype = self._dtype
         shard = shard_of(model.config)
-        return fill_model(model, self.checkpoint, self._device, dtype, shard).eval()
+        model = fill_model(model, self.checkpoint, self._device, dtype, shard).eval()
+        if PrefixQuantizer.after_loading is not None:
+            PrefixQuantizer.after_loading(model)
+        return model
 
     # ------------------------------------------------------------ saving
 

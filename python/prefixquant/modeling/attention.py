@@ -19,8 +19,8 @@ from prefixquant.quantizer import matmul_dtype
 NAME = "prefixquant"
 
 # Up to this many query tokens the packed cache is read as it is (kv_attention); beyond, unpacking
-# it once and using matrix products is faster. Those run in bfloat16 where the CPU has it: at 512
-# tokens and 9 heads of 64, 2.0 ms against 5.5 in float32 (one core with AMX).
+# it once and using matrix products is faster. On a CPU those run in bfloat16 where it has that: at
+# 512 tokens and 9 heads of 64, 2.0 ms against 5.5 in float32 (one core with AMX).
 _PACKED_QUERY_TOKENS = 16
 
 
@@ -57,13 +57,21 @@ def attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query = kv.rotation(query)
     if kv.bits == 16:
-        return _float_attention(kv, query, kv.rotation(key), value, attention_mask, scaling), None
-    packed = key if isinstance(key, PackedKV) else kv.quantize(key, value)
-    if query.shape[2] <= _PACKED_QUERY_TOKENS:
+        cache = PackedKV(kv.rotation(key), value)
+    else:
+        cache = key if isinstance(key, PackedKV) else kv.quantize(key, value)
+    few = query.shape[2] <= _PACKED_QUERY_TOKENS
+    if query.is_cuda and not few:
+        rows = causal_rows(attention_mask, *query.shape[:3:2], cache.key.shape[2])
+        if rows is not None:
+            return _attention_by_sequence(kv, query, cache, rows, scaling), None
+    if kv.bits == 16:
+        return _float_attention(kv, query, cache.key, cache.value, attention_mask, scaling), None
+    if few or query.is_cuda:
         out = ops.kv_attention(
             query,
-            packed.key,
-            packed.value,
+            cache.key,
+            cache.value,
             kv.k_scale,
             kv.v_scale,
             kv.prefix_key,
@@ -73,8 +81,63 @@ def attention(
         )
         return out, None
     dtype = matmul_dtype(query.device) if query.dtype == torch.float32 else query.dtype
-    key, value = kv.dequantize(packed, dtype)
+    key, value = kv.dequantize(cache, dtype)
     return _float_attention(kv, query.to(dtype), key, value, attention_mask, scaling), None
+
+
+def causal_rows(
+    mask: Tensor | None, batch: int, tokens: int, cached: int
+) -> list[tuple[int, int]] | None:
+    """(first, end) per sequence: its queries are the rows before ``end`` of the keys, and each
+    attends ``first`` up to its own row. That is a mask of left padding, of a static cache, or of
+    neither; None for any other, and where the mask cannot be looked at.
+
+    Reads two numbers a sequence back from the device, once a forward pass.
+    """
+    if mask is None:
+        return [(0, cached)] * batch
+    if torch.compiler.is_compiling():
+        return None
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    if not hasattr(mask, "_prefixquant_rows"):
+        column = torch.arange(cached, device=mask.device)
+        last = mask[:, 0, -1]
+        first = torch.where(last, column, cached).amin(-1)
+        end = torch.where(last, column + 1, 0).amax(-1)
+        query = torch.arange(tokens, device=mask.device)[:, None]
+        own = (end[:, None, None] - tokens + query)[:, None]
+        expected = (column >= first[:, None, None, None]) & (column <= own)
+        is_causal = (expected == mask).flatten(1).all(-1) & (end >= tokens)
+        rows = torch.stack((first, end, is_causal.long()), -1).tolist()
+        known = [(f, e) for f, e, causal in rows if causal]
+        mask._prefixquant_rows = known if len(known) == len(rows) else None
+    rows = mask._prefixquant_rows
+    return rows * batch if rows is not None and len(rows) == 1 else rows
+
+
+def _attention_by_sequence(
+    kv: KVQuantizer, query: Tensor, cache: PackedKV, rows: list[tuple[int, int]], scaling: float
+) -> Tensor:
+    """[B, T, H, D] by the operation that a prompt without padding takes, so that padding changes no
+    bit of a result; queries that are padding get zeros."""
+    batch, heads, tokens, dim = query.shape
+    out = query.new_zeros(batch, tokens, heads, dim)
+    for b, (first, end) in enumerate(rows):
+        padding = max(0, tokens - (end - first))
+        out[b, padding:] = ops.kv_prefill_attention(
+            query[b, :, padding:].transpose(0, 1),
+            cache.key[b : b + 1, :, first:end],
+            cache.value[b : b + 1, :, first:end],
+            kv.k_scale,
+            kv.v_scale,
+            kv.prefix_key,
+            kv.prefix_value,
+            kv.bits,
+            max(0, end - first - tokens),
+            scaling,
+        ).view(tokens - padding, heads, dim)
+    return out
 
 
 def _float_attention(

@@ -29,7 +29,7 @@ class KVQuantizer(FixedDtypeModule):
         prefix_value: Tensor,
         rotation: Rotation,
     ):
-        super().__init__(torch.float32)
+        super().__init__(torch.float32, prefix_key.device)
         self.bits = bits
         self.rotation = rotation
         self.register_buffer("k_scale", k_scale)
@@ -66,7 +66,7 @@ class KVQuantizer(FixedDtypeModule):
 
 @dataclass
 class PackedKV:
-    """Quantized keys or values: uint8 [B, H_kv, S, D/2] at 4 bits, int8 [B, H_kv, S, D] at 8.
+    """Keys or values: uint8 [B, H_kv, S, D/2] at 4 bits, int8 [B, H_kv, S, D] at 8, else floating.
 
     `QuantizedLayer.update` hands it to the attention function in place of the key states and of the
     value states; between the two, the models of `roles.ARCHITECTURES` do not touch them.

@@ -7,18 +7,36 @@ from torch import Tensor, nn
 
 from prefixquant import ops
 from prefixquant.hadamard import hadamard_signs, split_size
+from prefixquant.ops.gemm import PREPACKED_SHAPES
 from prefixquant.packing import unpack_bits
 from prefixquant.solvers.weight import column_scales
 
 
+def usual_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """Of the residual stream: float32 on a CPU, elsewhere ``stored``, the checkpoint's 16 bits."""
+    return torch.float32 if device.type == "cpu" else stored
+
+
 class FixedDtypeModule(nn.Module):
     """A module whose buffers keep their dtype: `.to(bfloat16)` moves them and leaves float32 scales
-    as they are. ``compute_dtype`` follows the dtype asked for instead."""
+    as they are. ``compute_dtype`` follows the dtype asked for instead; a move to another type of
+    device that asks for none makes it the `usual_dtype` there, given ``stored_dtype``.
 
-    def __init__(self, compute_dtype: torch.dtype):
+    Args:
+        device: where the buffers are.
+    """
+
+    def __init__(
+        self,
+        compute_dtype: torch.dtype,
+        device: torch.device,
+        stored_dtype: torch.dtype | None = None,
+    ):
         super().__init__()
+        self.stored_dtype = stored_dtype
         # Empty: it exists to receive what `.to` does to a floating tensor.
-        self.register_buffer("_dtype", torch.empty(0, dtype=compute_dtype), persistent=False)
+        marker = torch.empty(0, dtype=compute_dtype, device=device)
+        self.register_buffer("_dtype", marker, persistent=False)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -26,12 +44,26 @@ class FixedDtypeModule(nn.Module):
 
     def _apply(self, fn, recurse=True):
         kept = {name: b for name, b in self._buffers.items() if b is not None and name != "_dtype"}
+        before = self._dtype.device
         super()._apply(fn, recurse)
-        for name, before in kept.items():
+        for name, buffer in kept.items():
             after = self._buffers[name]
-            if after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
+            if after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        device = self._dtype.device
+        if device.type != before.type:
+            self._moved(kept, device)
+            # Only a dtype that was asked for changes float64, which nothing here has.
+            asked = fn(torch.empty(0, dtype=torch.float64, device=before)).dtype != torch.float64
+            if self.stored_dtype is not None and not asked:
+                self._compute_in(usual_dtype(device, self.stored_dtype))
         return self
+
+    def _compute_in(self, dtype: torch.dtype) -> None:
+        self._dtype = self._dtype.to(dtype)
+
+    def _moved(self, before: dict[str, Tensor], device: torch.device) -> None:
+        """The buffers have come to another type of device; ``before`` are those left behind."""
 
 
 def _signs(size: int) -> Tensor | None:
@@ -43,7 +75,7 @@ class Rotation(FixedDtypeModule):
     """What an online Hadamard of ``size`` needs at run time; size 1 is none."""
 
     def __init__(self, size: int):
-        super().__init__(torch.float32)
+        super().__init__(torch.float32, torch.device("cpu"))
         self.size = size
         self.register_buffer("signs", _signs(size), persistent=False)
 
@@ -61,7 +93,7 @@ class SparseOutliers(FixedDtypeModule):
     """
 
     def __init__(self, index: Tensor, value: Tensor, shape: tuple[int, int]):
-        super().__init__(value.dtype)
+        super().__init__(value.dtype, value.device)
         self.shape = shape
         self.register_buffer("index", index)
         self.register_buffer("value", value)
@@ -96,6 +128,7 @@ class QuantLinear(FixedDtypeModule):
             activations.
         weight_bits: None takes 4 for uint8 and 8 for int8.
         outliers: what is added to the weight, or None.
+        stored_dtype: the checkpoint's 16-bit dtype, for `usual_dtype`.
     """
 
     def __init__(  # noqa: PLR0913 - what a checkpoint holds
@@ -110,8 +143,9 @@ class QuantLinear(FixedDtypeModule):
         activation_mode: str = "static",
         weight_bits: int | None = None,
         outliers: SparseOutliers | None = None,
+        stored_dtype: torch.dtype | None = None,
     ):
-        super().__init__(compute_dtype)
+        super().__init__(compute_dtype, weight.device, stored_dtype)
         self.dynamic = activation_mode == "dynamic"
         self._clip = input_scale.item() if self.dynamic else None
         self.weight_bits = weight_bits or (4 if weight.dtype == torch.uint8 else 8)
@@ -120,7 +154,7 @@ class QuantLinear(FixedDtypeModule):
         self.in_features = weight.shape[1] * 8 // self.weight_bits
         self.outliers = outliers
         if activation_bits < 16:
-            weight = ops.prepack_w4(weight) if self.weight_bits == 4 else ops.prepack_w8(weight)
+            weight = self.prepack(weight)
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("input_scale", input_scale)
@@ -155,10 +189,12 @@ class QuantLinear(FixedDtypeModule):
 
     def _weight_only(self, x: Tensor) -> Tensor:
         # No kernel of its own: correct, and as slow as unpacking the weight for every product.
-        if self.weight_bits == 4:
+        if self.weight_bits == 8:
+            q = self.weight
+        elif self.weight_bits == 4 and self.weight.device.type == "cpu":
             q = ops.unpack_int4(self.weight)
         else:
-            q = self.weight if self.weight_bits == 8 else unpack_bits(self.weight, self.weight_bits)
+            q = unpack_bits(self.weight, self.weight_bits)
         weight = q.float() * column_scales(self.weight_scale, self.in_features)
         if self.outliers is not None:
             weight = self.outliers.add_to(weight)
@@ -167,10 +203,20 @@ class QuantLinear(FixedDtypeModule):
 
     def canonical_weight(self) -> Tensor:
         """The weight in the checkpoint's layout, bit for bit what was loaded."""
-        if self._gemm is None:
-            return self.weight
+        return self.weight if self._gemm is None else self._unprepack(self.weight)
+
+    def prepack(self, weight: Tensor) -> Tensor:
+        """A canonical weight of this linear's bits, in the layout of the kernels of its device."""
+        return ops.prepack_w4(weight) if self.weight_bits == 4 else ops.prepack_w8(weight)
+
+    def _unprepack(self, weight: Tensor) -> Tensor:
         unprepack = ops.unprepack_w4 if self.weight_bits == 4 else ops.unprepack_w8
-        return unprepack(self.weight, self.out_features, self.in_features)
+        return unprepack(weight, self.out_features, self.in_features)
+
+    def _moved(self, before: dict[str, Tensor], device: torch.device) -> None:
+        # The kernels there read another layout; the canonical one travels.
+        if self._gemm is not None and device.type in PREPACKED_SHAPES:
+            self.weight = self.prepack(self._unprepack(before["weight"]).to(device))
 
     def extra_repr(self) -> str:
         return (
@@ -182,7 +228,7 @@ class QuantRMSNorm(FixedDtypeModule):
     """RMSNorm that hands on int8 containers: ``q(x / rms(x) * weight)``."""
 
     def __init__(self, weight: Tensor, eps: float, scale: Tensor, bits: int):
-        super().__init__(weight.dtype)
+        super().__init__(weight.dtype, weight.device)
         self.eps = eps
         self.bits = bits
         # Folded norms are all ones: then there is nothing to multiply by.
@@ -191,6 +237,25 @@ class QuantRMSNorm(FixedDtypeModule):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.rmsnorm_quantize(x, self.weight, self.eps, self.input_scale, self.bits)
+
+
+class RMSNorm(FixedDtypeModule):
+    """``x / rms(x) * weight`` in the dtype of x; weight [C] as the checkpoint has it."""
+
+    def __init__(
+        self, weight: Tensor, eps: float, compute_dtype: torch.dtype, stored_dtype: torch.dtype
+    ):
+        super().__init__(compute_dtype, weight.device, stored_dtype)
+        self.eps = eps
+        # A parameter: transformers takes the model's dtype and device from those.
+        self.weight = nn.Parameter(weight.to(compute_dtype), requires_grad=False)
+
+    def _compute_in(self, dtype: torch.dtype) -> None:
+        super()._compute_in(dtype)
+        self.weight.data = self.weight.data.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rmsnorm(x, self.weight, self.eps)
 
 
 class QuantMLP(nn.Module):
@@ -225,25 +290,43 @@ class QuantMLP(nn.Module):
 
 
 class SixteenBitHead(FixedDtypeModule):
-    """``logits = x @ W.T`` with W [V, C] kept in 16 bits whatever the dtype of x."""
+    """``logits = x @ W.T`` with W [V, C] kept in 16 bits whatever the dtype of x.
 
-    def __init__(self, weight: Tensor):
-        super().__init__(weight.dtype)
+    Args:
+        stored: W as the checkpoint has it, on the CPU; it stays mapped from the file.
+        device: where it is used.
+    """
+
+    def __init__(self, stored: Tensor, device: torch.device):
+        weight = _head_weight(stored, device)
+        super().__init__(weight.dtype, device)
+        self._stored = stored
         self.register_buffer("weight", weight)
+
+    def _moved(self, before: dict[str, Tensor], device: torch.device) -> None:
+        self.weight = _head_weight(self._stored, device)
 
     def forward(self, x: Tensor) -> Tensor:
         # As a matrix: a batched product of a strided slice would copy the weight first. One row as
         # a vector: torch's matrix-vector product reads the weight 2.6 times as fast on a CPU.
         rows = x.reshape(-1, x.shape[-1]).to(self.weight.dtype)
-        logits = self.weight @ rows[0] if len(rows) == 1 else F.linear(rows, self.weight)
+        if len(rows) == 1 and rows.device.type == "cpu":
+            logits = self.weight @ rows[0]
+        else:
+            logits = F.linear(rows, self.weight)
         return logits.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _head_weight(stored: Tensor, device: torch.device) -> Tensor:
+    # CPUs multiply float16 slowly, or not at all.
+    return stored.to(torch.bfloat16) if device.type == "cpu" else stored.to(device)
 
 
 class SixteenBitEmbedding(FixedDtypeModule):
     """Embedding rows kept in 16 bits, handed out in the compute dtype."""
 
-    def __init__(self, weight: Tensor, compute_dtype: torch.dtype):
-        super().__init__(compute_dtype)
+    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, stored_dtype: torch.dtype):
+        super().__init__(compute_dtype, weight.device, stored_dtype)
         self.register_buffer("weight", weight)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from prefixquant import _C
 from prefixquant.checkpoint import CONFIG_NAME, Checkpoint, read_checkpoint
 from prefixquant.checkpoint_layout import scale_tensor, short
 from prefixquant.config import Scheme
@@ -18,10 +19,12 @@ from prefixquant.modeling.linear import (
     QuantLinear,
     QuantMLP,
     QuantRMSNorm,
+    RMSNorm,
     Rotation,
     SixteenBitEmbedding,
     SixteenBitHead,
     SparseOutliers,
+    usual_dtype,
 )
 from prefixquant.modeling.parallel import Shard, ShardedTensors, add_up
 from prefixquant.packing import OUTLIER_INDEX, OUTLIER_VALUE
@@ -44,13 +47,13 @@ def load(
 
     Args:
         path: the checkpoint folder.
-        device: where the model runs; the CPU in this version.
+        device: "cpu", "cuda" or "cuda:N"; ``model.to`` moves the model later.
         dtype: what flows between the quantized operations; None takes float32 on the CPU and the
             checkpoint's 16-bit dtype elsewhere.
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete or of another version.
-        UserError: another device or dtype.
+        UserError: another device or dtype, or a device that is not there.
     """
     device = check_device(device)
     checkpoint = read_checkpoint(path)
@@ -64,19 +67,26 @@ def load(
 
 
 def check_device(device: str | torch.device) -> torch.device:
-    """The device as torch knows it; UserError where a checkpoint cannot run."""
-    device = torch.device(device)
-    if device.type != "cpu":
-        raise UserError(
-            f"device: expected cpu, got {device}; the CUDA part holds the matrix products only, "
-            "norms, rotations and attention have no CUDA kernels yet"
-        )
-    return device
+    """The device as torch knows it, with its number; UserError where a checkpoint cannot run."""
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise UserError(f"device: expected cpu, cuda or cuda:N, got {device}")
+    if not _C.with_cuda:
+        raise UserError(f"device: expected cpu, got {device}: this build has no CUDA kernels")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {device}: torch sees {torch.cuda.device_count()} CUDA devices")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.device("cuda", index)
 
 
 def default_dtype(device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
     """float32 on a CPU, the checkpoint's own 16-bit dtype elsewhere."""
-    return torch.float32 if device.type == "cpu" else checkpoint.tensors["lm_head.weight"].dtype
+    return usual_dtype(device, checkpoint.tensors["lm_head.weight"].dtype)
 
 
 def fill_model(
@@ -151,6 +161,7 @@ class _Builder:
         self.config = config
         self.device = device
         self.dtype = dtype
+        self.stored_dtype = self.tensors[f"{roles.head}.weight"].dtype
         # One of each for all blocks: they hold nothing that depends on the block.
         rotations = self.quantization.rotations
         head_dim = checkpoint.specs["model.layers.0.self_attn.q_proj.weight_scale"].shape[0]
@@ -179,6 +190,7 @@ class _Builder:
             activation_bits=self.scheme.activation_bits,
             compute_dtype=self.dtype,
             activation_mode=self.scheme.activation_mode,
+            stored_dtype=self.stored_dtype,
         )
 
     def _outliers(self, paths: list[str]) -> SparseOutliers | None:
@@ -195,11 +207,11 @@ class _Builder:
         return SparseOutliers(torch.cat(index), torch.cat(value), (first, columns))
 
     def norm(self, name: str, scale: str | None) -> nn.Module:
-        weight = self.tensor(f"{name}.weight").to(self.dtype)
+        weight = self.tensor(f"{name}.weight")
         eps = self.config.rms_norm_eps
         static = self.scheme.activation_bits < 16 and self.scheme.activation_mode == "static"
         if scale is None or not static:
-            return _float_norm(weight, eps)
+            return RMSNorm(weight, eps, self.dtype, self.stored_dtype)
         return QuantRMSNorm(weight, eps, self.tensor(scale), self.scheme.activation_bits)
 
     def fill_block(self, block: nn.Module, index: int) -> None:
@@ -236,20 +248,13 @@ class _Builder:
         """Embedding, final norm, head and RoPE."""
         roles = self.roles
         embedding = self.tensor(f"{roles.embedding}.weight")
-        model.set_submodule(roles.embedding, SixteenBitEmbedding(embedding, self.dtype))
+        embedding = SixteenBitEmbedding(embedding, self.dtype, self.stored_dtype)
+        model.set_submodule(roles.embedding, embedding)
         model.set_submodule(roles.final_norm, self.norm(roles.final_norm, None))
-        head = self.tensor(f"{roles.head}.weight")
-        if self.device.type == "cpu":
-            head = head.to(torch.bfloat16)  # CPUs multiply float16 slowly, or not at all
-        model.set_submodule(roles.head, SixteenBitHead(head))
+        head = SixteenBitHead(self.tensors[f"{roles.head}.weight"], self.device)
+        model.set_submodule(roles.head, head)
         decoder = model.get_submodule(roles.decoder)
         decoder.rotary_emb = type(decoder.rotary_emb)(self.config).to(self.device)
-
-
-def _float_norm(weight: Tensor, eps: float) -> nn.Module:
-    norm = nn.RMSNorm(weight.shape[0], eps=eps, device=weight.device, dtype=weight.dtype)
-    norm.weight = nn.Parameter(weight, requires_grad=False)
-    return norm
 
 
 def _install_cache(model: nn.Module, roles: Roles) -> None:
