@@ -2,6 +2,8 @@
 """A loaded checkpoint against the fake-quantized blocks it was made of, and under transformers'
 generation machinery."""
 
+import copy
+
 import pytest
 import torch
 from prefixquant import ops
@@ -180,6 +182,15 @@ def test_dtype_conversion_keeps_scales_and_weights(tmp_path):
     after = model(ids()).logits
     assert after.dtype == torch.bfloat16
     assert (after.float() - before).abs().max() < 0.5  # measured 0.1: 4-bit levels flip
+
+
+def test_a_copy_is_a_model_of_its_own(llama):
+    twin = copy.deepcopy(llama)
+    expected = llama(ids(), use_cache=True)
+    actual = twin(ids(), use_cache=True)
+    assert torch.equal(actual.logits, expected.logits)
+    quantizers = [block.self_attn.kv_quantizer for block in twin.model.layers]
+    assert [layer.quantizer for layer in actual.past_key_values.layers] == quantizers
 
 
 def test_weights_stay_packed(llama):

@@ -40,7 +40,7 @@ def checkpoint(tmp_path_factory):
 
 
 def expected(checkpoint, text, new_tokens, device="cpu"):
-    """The greedy continuation, by plain generate; on a GPU by the runtime, which rounds elsewhere."""
+    """The greedy continuation, by plain generate; on a GPU by the runtime on the model."""
     tokenizer, model = byte_tokenizer(), prefixquant.load(checkpoint, device=device)
     if device != "cpu":
         assert generate_on_runtime(model) is not None
@@ -111,7 +111,7 @@ def needs_packages():
 
 def server(checkpoint, port, device="cpu"):
     command = [sys.executable, "-m", "prefixquant.cli", "serve", str(checkpoint)]
-    options = {"port": port, "log-level": "error", "seed": 0, "device": device}
+    options = {"--port": port, "--log-level": "error", "--seed": 0, "--device": device}
     return subprocess.Popen(
         [
             *command,

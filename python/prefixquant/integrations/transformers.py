@@ -10,6 +10,7 @@ This module is imported while transformers imports its quantizers: it may import
 those at the top level.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -135,6 +136,10 @@ class PrefixQuantizer(HfQuantizer):
         model holds is made of them and never changes.
         """
         return dict(self.checkpoint.tensors.items()), {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PrefixQuantizer":
+        """Copies of a model share the checkpoint, which never changes."""
+        return copy.copy(self)
 
     def is_serializable(self) -> bool:
         return True

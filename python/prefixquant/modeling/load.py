@@ -262,10 +262,8 @@ def _install_cache(model: nn.Module, roles: Roles) -> None:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    quantizers = [
-        block.get_submodule(roles.attention).kv_quantizer for block in model_blocks(model, roles)
-    ]
-    if quantizers[0].bits == 16:
+    inside = roles.blocks.removeprefix(f"{roles.decoder}.")
+    if model_blocks(model, roles)[0].get_submodule(roles.attention).kv_quantizer.bits == 16:
         return
 
     def replace_layers(decoder, args, kwargs):
@@ -280,7 +278,11 @@ def _install_cache(model: nn.Module, roles: Roles) -> None:
                 type(layer) is DynamicLayer and not layer.is_initialized for layer in cache.layers
             )
             if fresh:
-                cache.layers = [QuantizedLayer(quantizer) for quantizer in quantizers]
+                # Those of this decoder: it may be a copy of the one that the hook was made for.
+                cache.layers = [
+                    QuantizedLayer(block.get_submodule(roles.attention).kv_quantizer)
+                    for block in decoder.get_submodule(inside)
+                ]
         return args, kwargs
 
     decoder = model.get_submodule(roles.decoder)
