@@ -8,14 +8,17 @@ import prefixquant
 import pytest
 import torch
 from prefixquant.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_checkpoint
+from prefixquant.config import RecipeConfig, Scheme
 from prefixquant.integrations.runtime_generate import generate_on_runtime
 from prefixquant.modeling.cache import QuantizedLayer
 from prefixquant.modeling.linear import QuantLinear
 from prefixquant.modeling.load import linear_weight_bytes
+from prefixquant.quantize import quantize
 from prefixquant.runtime import Runtime
 from prefixquant.simulate import SimulatedModel
-from test_modeling import generate, ids, save
+from test_modeling import CALIBRATION, generate, ids, save, write
 from tiny_families import tiny_family
+from tiny_model import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.gpu
@@ -226,6 +229,41 @@ def test_linears_are_packed_on_the_device(folders):
         if isinstance(module, QuantLinear) and f"{name}.weight_packed" in stored:
             weight = module.canonical_weight().cpu()
             assert torch.equal(weight, stored[f"{name}.weight_packed"])
+
+
+def test_no_prefix(folders, tmp_path):
+    save(tmp_path / "q", tiny_family("llama", **SIZES), "w4a8kv4", prefix="none")
+    simulated = SimulatedModel(tmp_path / "q")
+    model = prefixquant.load(tmp_path / "q", device="cuda")
+    for prompt in (ids(2, 13), ids(2, 60)):
+        states = model.model(prompt.cuda()).last_hidden_state
+        assert relative_error(states, simulated.hidden(prompt)) < ERRORS["llama", "w4a8kv4"]
+    prompts, batch, mask = left_padded()
+    tokens = generate(model, batch.cuda(), attention_mask=mask.cuda())[:, 40:].cpu()
+    check_greedy(simulated, prompts, tokens)
+
+
+@pytest.mark.parametrize("scheme", ["w3a16kv16", "w4a8kv8"])
+def test_outliers_and_groups(scheme, tmp_path):
+    asked = RecipeConfig(
+        scheme=Scheme.parse(scheme),
+        solver="quantease-outlier",
+        outlier_fraction=0.02,
+        group_size=64 if "a16" in scheme else 0,
+        prefix="text:ab",
+        nsamples=2,
+        seqlen=32,
+        search_samples=2,
+        search_seqlen=32,
+    )
+    model = tiny_family("llama", **SIZES)
+    write(tmp_path / "q", model, quantize(model, byte_tokenizer(), asked, CALIBRATION))
+    expected = SimulatedModel(tmp_path / "q").hidden(ids())
+    model = prefixquant.load(tmp_path / "q", device="cuda")
+    assert model.model.layers[0].mlp.down_proj.outliers.value.is_cuda
+    assert relative_error(model.model(ids().cuda()).last_hidden_state, expected) < 0.01
+    moved = prefixquant.load(tmp_path / "q").to("cuda")
+    assert torch.equal(moved(ids().cuda()).logits, model(ids().cuda()).logits)
 
 
 def test_a_move_is_a_load(folders):
