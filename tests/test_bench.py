@@ -72,8 +72,19 @@ def test_measure_takes_the_median(monkeypatch):
     assert (speed.prefill_ms, speed.decode_ms) == (2000.0, 2000.0)
     assert speed.decode_tokens_per_s == 2.5
     assert speed.prefill_tokens_per_s == 17.5
-    with pytest.raises(ValueError, match="new_tokens"):
-        measure(lambda prompts, new: (1.0, 1.0), Case(1, 1, 1), 97, CPU)
+    speed = measure(lambda prompts, new: (2.0, 0.0), Case(1, 8, 1), 97, CPU)  # a prefill alone
+    assert (speed.decode_ms, speed.decode_tokens_per_s) == (None, None)
+    assert speed.prefill_tokens_per_s == 4.0
+
+
+def test_one_new_token():
+    report = bench_report(
+        "tiny", Case(1, 20, 1), CPU, scheme=Scheme.parse("w4a4kv4"), baseline=True
+    )
+    for name in ("runtime", "transformers"):
+        assert report[name]["decode_ms"] is None
+        assert report[name]["prefill_ms"] > 0
+    assert "decode " not in describe_bench(report).split("runtime", 1)[1]
 
 
 def test_sixteen_bit_cache_and_eight_bit_head():

@@ -6,7 +6,7 @@ import reference
 import torch
 from cases import COLUMN_COUNTS, FLOAT_DTYPES, ROW_COUNTS, outlier_rows, poisoned, strided
 from compare import assert_bits_equal
-from prefixquant.ops import quantize_dynamic
+from prefixquant.ops import quantize_digits, quantize_dynamic
 
 
 def check(x, bits, clip=1.0):
@@ -69,3 +69,35 @@ def test_the_largest_value_takes_the_largest_level():
 def test_opcheck(dtype):
     args = (torch.randn(3, 16, dtype=dtype), 4)
     torch.library.opcheck(torch.ops.prefixquant.quantize_dynamic.default, args)
+
+
+# ---- quantize_digits ----
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_digits_hold_fifteen_bits(isa, dtype):
+    for rows in (0, 1, 17):
+        x = outlier_rows(rows, 576, dtype)
+        x[:1] = 0
+        q, scale = quantize_digits(x)
+        high, low = (q.double() * scale[:, None]).chunk(2)
+        largest = x.double().abs().amax(dim=-1, keepdim=True)
+        assert ((x - high - low).abs() <= largest / 64516 * 1.001).all()
+        assert_bits_equal(q[:rows], quantize_dynamic(x, 8)[0])
+        assert ((x - high).abs() > largest / 2000).any() or rows < 2  # one digit does not
+
+
+def test_digits_of_a_strided_matrix():
+    x = strided(outlier_rows(5, 64, torch.float32))
+    for found, expected in zip(quantize_digits(x), quantize_digits(x.contiguous()), strict=True):
+        assert_bits_equal(found, expected)
+
+
+def test_digits_want_a_matrix():
+    with pytest.raises(ValueError, match="quantize_digits: x: expected 2 dimensions"):
+        quantize_digits(torch.zeros(3))
+
+
+def test_digits_opcheck():
+    args = (torch.randn(3, 16),)
+    torch.library.opcheck(torch.ops.prefixquant.quantize_digits.default, args)

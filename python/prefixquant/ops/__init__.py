@@ -25,7 +25,7 @@ from prefixquant.ops.kv_quant import kv_append, kv_dequantize, kv_quantize
 from prefixquant.ops.outlier_scan import outlier_scan
 from prefixquant.ops.pack_int4 import pack_int4, unpack_int4
 from prefixquant.ops.quantize import quantize_static
-from prefixquant.ops.quantize_dynamic import quantize_dynamic
+from prefixquant.ops.quantize_dynamic import quantize_digits, quantize_dynamic
 from prefixquant.ops.rmsnorm_quant import (
     add_rmsnorm_quantize,
     rmsnorm,
@@ -52,6 +52,7 @@ __all__ = [
     "pack_int4",
     "prepack_w4",
     "prepack_w8",
+    "quantize_digits",
     "quantize_dynamic",
     "quantize_static",
     "rmsnorm",
@@ -68,4 +69,5 @@ __all__ = [
 if _C.with_cuda:
     from prefixquant.ops import gemm_cuda as _gemm_cuda  # noqa: F401
     from prefixquant.ops import kv_attention_cuda as _kv_attention_cuda  # noqa: F401
+    from prefixquant.ops import kv_prefill_attention_cuda as _kv_prefill_attention_cuda  # noqa: F401
     from prefixquant.ops import kv_quant_cuda as _kv_quant_cuda  # noqa: F401

@@ -2,6 +2,7 @@
 """The torch.library namespace ``prefixquant::`` and the one way an operation enters it."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -44,4 +45,14 @@ def implement(name: str, function: Callable, dispatch_key: str = "CUDA") -> None
 
 def stream_of(t: torch.Tensor) -> int:
     """The handle of the current CUDA stream on the device of t, as ``_C`` takes it."""
-    return torch.cuda.current_stream(t.device).cuda_stream
+    # torch.cuda.current_stream(t.device).cuda_stream would make a Stream object first: 5 us.
+    return torch._C._cuda_getCurrentRawStream(t.device.index)
+
+
+_HERE = nullcontext()
+
+
+def on_device(t: torch.Tensor) -> AbstractContextManager:
+    """Makes the CUDA device of t the current one; costs next to nothing where it is already."""
+    index = t.device.index
+    return _HERE if torch.cuda.current_device() == index else torch.cuda.device(index)

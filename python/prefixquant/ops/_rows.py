@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prefixquant import _C
-from prefixquant.ops._library import stream_of
+from prefixquant.ops._library import on_device, stream_of
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def new_row_scales(x: Tensor) -> Tensor:
 def launch(name: str, first: Tensor, **arguments) -> None:
     """Calls ``_C.<name>`` where `first` is: on the CPU, or on its device's current stream."""
     if first.is_cuda:
-        with torch.cuda.device(first.device):
+        with on_device(first):
             getattr(_C, f"{name}_cuda")(**arguments, stream=stream_of(first))
     else:
         getattr(_C, name)(**arguments)

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from prefixquant import _C
 from prefixquant.ops import gemm
-from prefixquant.ops._library import implement, stream_of
-from prefixquant.ops.gemm_fused import FusedArguments
+from prefixquant.ops._library import implement, on_device, stream_of
 
 _K_PER_BLOCK = {4: 64, 8: 32}
 # bits of the weight and of the activations of each operation
@@ -32,6 +31,11 @@ _workspaces: dict[tuple[int, int], tuple[int, Tensor]] = {}
 def _prepacked_shape(bits: int, n: int, k: int) -> tuple[int, ...]:
     padded_k = -(-k // 128) * 128
     return (-(-n // 64), padded_k // _K_PER_BLOCK[bits], 2048)
+
+
+@functools.cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -65,7 +69,7 @@ def _prepack(bits: int) -> Callable[[Tensor], Tensor]:
         columns = weight.shape[-1] * (8 // bits) if weight.dim() else 0
         rows = weight.shape[0] if weight.dim() else 0
         prepacked = weight.new_empty(_prepacked_shape(bits, rows, columns), dtype=torch.uint8)
-        with torch.cuda.device(weight.device):
+        with on_device(weight):
             _C.prepack_cuda(weight=weight, bits=bits, prepacked=prepacked, stream=stream_of(weight))
         return prepacked
 
@@ -77,7 +81,7 @@ def _unprepack(bits: int) -> Callable[[Tensor, int, int], Tensor]:
         gemm._check_sizes(f"unprepack_w{bits}", n, k, even_k=bits == 4)
         shape, dtype = ((n, k // 2), torch.uint8) if bits == 4 else ((n, k), torch.int8)
         weight = prepacked.new_empty(shape, dtype=dtype)
-        with torch.cuda.device(prepacked.device):
+        with on_device(prepacked):
             _C.unprepack_cuda(
                 prepacked=prepacked.contiguous(), bits=bits, weight=weight, stream=stream_of(weight)
             )
@@ -124,7 +128,7 @@ def launch_gemm(  # noqa: PLR0913
     )
     if x.dim() == 2:
         x = _aligned_rows(x)
-    with torch.cuda.device(x.device):
+    with on_device(x):
         stream = stream_of(x)
         needed = 0
         if config is None:
@@ -142,7 +146,7 @@ def launch_gemm(  # noqa: PLR0913
             bias=bias,
             residual=residual,
             output_scale=output_scale,
-            rounding=str(out_dtype).removeprefix("torch."),
+            rounding=_dtype_name(out_dtype),
             output_bits=output_bits,
             swiglu=swiglu,
             y=y,
@@ -154,7 +158,7 @@ def launch_gemm(  # noqa: PLR0913
 
 
 def _as_matrix(x: Tensor) -> Tensor:
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() else x
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() not in (0, 2) else x
 
 
 def _gemm(bits: tuple[int, int]) -> Callable[..., Tensor]:
@@ -167,12 +171,32 @@ def _gemm(bits: tuple[int, int]) -> Callable[..., Tensor]:
     return run
 
 
-def _fused(*arguments) -> Tensor:
-    a = FusedArguments(*arguments)
-    residual = None if a.residual is None else _as_matrix(a.residual)
-    options = a._replace(x=_as_matrix(a.x), residual=residual, bits=tuple(a.bits[:2]))._asdict()
-    y = launch_gemm(**options, output_bits=a.bits[2])
-    return y.view(*a.x.shape[:-1], y.shape[-1])
+def _fused(  # noqa: PLR0913
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    output_scale: Tensor | None,
+    bits: list[int],
+    swiglu: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    y = launch_gemm(
+        _as_matrix(x),
+        weight,
+        weight_scale,
+        input_scale,
+        bits=(bits[0], bits[1]),
+        bias=bias,
+        residual=None if residual is None else _as_matrix(residual),
+        output_scale=output_scale,
+        output_bits=bits[2],
+        swiglu=swiglu,
+        out_dtype=out_dtype,
+    )
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 gemm.PREPACKED_SHAPES["cuda"] = _prepacked_shape

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: PLR0913  (the arguments of attention over a cache, one by one)
-"""The CUDA implementations of kv_attention, kv_decode_attention and kv_prefill_attention.
+"""The CUDA implementations of kv_attention and kv_decode_attention.
 
 Few query tokens in 16 bits and a head dimension of 64, 96, 128 or 256 read the packed cache
 (``cuda/include/prefixquant/kv_attention.cuh``). Many query tokens unpack it once and use torch's
@@ -12,10 +12,9 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from prefixquant import _C
-from prefixquant.ops._library import implement, stream_of
+from prefixquant.ops._library import implement, on_device, stream_of
 from prefixquant.ops.kv_decode_attention import empty_output
 from prefixquant.ops.kv_quant_cuda import dequantized_rows
 
@@ -58,7 +57,7 @@ def _workspace(sizes: tuple[int, ...], device: torch.device, stream: int) -> tup
     return kept[1], kept[2]
 
 
-def _kernel_takes(q: Tensor, cache: Tensor) -> bool:
+def kernel_takes(q: Tensor, cache: Tensor) -> bool:
     """q [.., D] and a cache [.., D or D/2], both as the kernel reads them."""
     quantized = cache.dtype in (torch.uint8, torch.int8)
     return (
@@ -68,7 +67,7 @@ def _kernel_takes(q: Tensor, cache: Tensor) -> bool:
     )
 
 
-def _check_types(op: str, q: Tensor, k_cache: Tensor, kv_bits: int) -> None:
+def check_types(op: str, q: Tensor, k_cache: Tensor, kv_bits: int) -> None:
     """What the C++ checks of the kernel would not see, or see under another operation's name."""
     if q.dtype not in _FLOATS:
         raise ValueError(f"{op}: q: expected dtype float32, bfloat16 or float16, got {q.dtype}")
@@ -90,7 +89,7 @@ def _aligned_heads(q: Tensor) -> Tensor:
     return q
 
 
-def _launch(
+def launch_attention(
     op: str,
     q: Tensor,
     caches: tuple[Tensor, Tensor],
@@ -111,7 +110,7 @@ def _launch(
         prefix = (prefix[0].to(q.dtype), prefix[1].to(q.dtype))
     batch, tokens, heads, dim = q.shape
     kv_heads = caches[0].shape[1] if caches[0].dim() == 4 else 1
-    with torch.cuda.device(q.device):
+    with on_device(q):
         stream = stream_of(q)
         counters, partials = _workspace((batch, tokens, heads, kv_heads, dim), q.device, stream)
         _C.kv_attention_cuda(
@@ -190,9 +189,9 @@ def _kv_attention(
         raise ValueError(f"kv_attention: q: expected 4 dimensions, got shape {list(q.shape)}")
     batch, heads, tokens, dim = q.shape
     cached = k.shape[2] if k.dim() == 4 else 0
-    if tokens <= PACKED_QUERY_TOKENS and _kernel_takes(q, k):
+    if tokens <= PACKED_QUERY_TOKENS and kernel_takes(q, k):
         out = q.new_empty((batch, tokens, heads, dim))
-        _launch(
+        launch_attention(
             "kv_attention",
             q.transpose(1, 2),
             (k, v),
@@ -229,9 +228,9 @@ def _kv_decode_attention(
     output_bits: int,
 ) -> Tensor:
     out = empty_output(q, output_scale)
-    _check_types("kv_decode_attention", q, k_cache, kv_bits)
-    if _kernel_takes(q, k_cache):
-        _launch(
+    check_types("kv_decode_attention", q, k_cache, kv_bits)
+    if kernel_takes(q, k_cache):
+        launch_attention(
             "kv_decode_attention",
             q[:, None],
             (k_cache, v_cache),
@@ -265,69 +264,5 @@ def _kv_decode_attention(
     return out.copy_(q8.nan_to_num(nan=0.0))
 
 
-def _kv_prefill_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    kv_bits: int,
-    start: int,
-    scaling: float,
-    sequence: int,
-    block_table: Tensor | None,
-) -> Tensor:
-    out = empty_output(q)
-    _check_types("kv_prefill_attention", q, k_cache, kv_bits)
-    tokens, heads, dim = q.shape
-    end = start + tokens
-    table = None if block_table is None else block_table[sequence : sequence + 1]
-    capacity = k_cache.shape[2] * (1 if table is None else table.shape[1])
-    if start < 0 or end > capacity:
-        raise ValueError(
-            f"kv_prefill_attention: start: expected the tokens to lie in rows 0 to {capacity - 1}, "
-            f"got {start}"
-        )
-    if table is None:
-        k_cache, v_cache = (t[sequence : sequence + 1] for t in (k_cache, v_cache))
-    if tokens == 0:
-        return out
-    if tokens <= PACKED_QUERY_TOKENS and _kernel_takes(q, k_cache):
-        _launch(
-            "kv_prefill_attention",
-            q[None],
-            (k_cache, v_cache),
-            (k_scale, v_scale),
-            (prefix_k, prefix_v),
-            max_length=end,
-            block_table=table,
-            scaling=scaling,
-            out=out,
-        )
-        return out
-    keys = _with_prefix(prefix_k, k_cache, k_scale, end, q.dtype, table, 1)
-    values = _with_prefix(prefix_v, v_cache, v_scale, end, q.dtype, table, 1)
-    queries = q[None].transpose(1, 2)
-    gqa = heads != keys.shape[1]
-    if q.dtype != torch.float32 and dim % 8 == 0:
-        # Aligned to the lower right as FlashAttention 2 is; grouped heads need no copies there.
-        attended = torch.ops.aten._scaled_dot_product_flash_attention(
-            queries, keys, values, 0.0, True, False, scale=scaling
-        )[0]
-    else:
-        attended = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=causal_lower_right(tokens, keys.shape[2]),
-            scale=scaling,
-            enable_gqa=gqa,
-        )
-    return out.copy_(attended[0].transpose(0, 1).reshape(out.shape))
-
-
 implement("kv_attention", _kv_attention)
 implement("kv_decode_attention", _kv_decode_attention)
-implement("kv_prefill_attention", _kv_prefill_attention)

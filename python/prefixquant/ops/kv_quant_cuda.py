@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from prefixquant import _C
-from prefixquant.ops._library import implement, stream_of
+from prefixquant.ops._library import implement, on_device, stream_of
 from prefixquant.ops.kv_quant import _dequantized, _last_contiguous, _quantized
 
 
@@ -19,7 +19,7 @@ def _write(
     cache: Tensor,
     position: int,
 ) -> None:
-    with torch.cuda.device(x.device):
+    with on_device(x):
         _C.kv_quantize_cuda(
             op=op,
             x=_last_contiguous(x),
@@ -67,7 +67,7 @@ def dequantized_rows(
         y.copy_(same)
         return
     bits = {torch.uint8: 4, torch.int8: 8}.get(cache.dtype, 16)
-    with torch.cuda.device(y.device):
+    with on_device(y):
         _C.kv_dequantize_cuda(
             q=_last_contiguous(cache),
             scale=scale,
@@ -80,7 +80,7 @@ def dequantized_rows(
 
 def _kv_dequantize(q: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     y = _dequantized(q, bits, dtype)
-    with torch.cuda.device(q.device):
+    with on_device(q):
         _C.kv_dequantize_cuda(
             q=_last_contiguous(q),
             scale=scale,

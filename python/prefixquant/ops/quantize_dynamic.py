@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dynamic symmetric quantization: every row (token) with a scale of its own."""
 
+import torch
 from torch import Tensor
 
 from prefixquant.ops._library import define_on_every_device
@@ -13,10 +14,39 @@ def _run_quantize_dynamic(x: Tensor, bits: int, clip: float = 1.0) -> tuple[Tens
     return q, scale
 
 
+def _empty_digits(x: Tensor) -> tuple[Tensor, Tensor]:
+    if x.dim() != 2:
+        raise ValueError(f"quantize_digits: x: expected 2 dimensions, got shape {list(x.shape)}")
+    rows = 2 * x.shape[0]
+    return (
+        x.new_empty((rows, x.shape[1]), dtype=torch.int8),
+        x.new_empty((rows,), dtype=torch.float32),
+    )
+
+
+def _run_quantize_digits(x: Tensor) -> tuple[Tensor, Tensor]:
+    q, scale = _empty_digits(x)
+    rows = x.shape[0]
+
+    def quantize(values: Tensor, own: slice) -> None:
+        launch("quantize_dynamic", x, x=values, bits=8, clip=1.0, q=q[own], scale=scale[own])
+
+    quantize(as_rows(x), slice(rows))
+    rest = torch.addcmul(x, q[:rows], scale[:rows, None], value=-1.0)  # float32
+    quantize(rest, slice(rows, None))
+    return q, scale
+
+
 _quantize_dynamic = define_on_every_device(
     "quantize_dynamic(Tensor x, int bits, float clip=1.0) -> (Tensor q, Tensor scale)",
     fake=lambda x, bits, clip=1.0: (new_int8(x), new_row_scales(x)),
     run=_run_quantize_dynamic,
+)
+
+_quantize_digits = define_on_every_device(
+    "quantize_digits(Tensor x) -> (Tensor q, Tensor scale)",
+    fake=_empty_digits,
+    run=_run_quantize_digits,
 )
 
 
@@ -39,3 +69,22 @@ def quantize_dynamic(x: Tensor, bits: int, clip: float = 1.0) -> tuple[Tensor, T
         ValueError: a wrong dtype, rank, ``bits`` or ``clip``.
     """
     return _quantize_dynamic(x, bits, clip)
+
+
+def quantize_digits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x as two int8 digits: ``q, s = quantize_dynamic(x, 8)``, then those of what is left of x.
+
+    ::
+
+        |x[t] - s[t] q[t] - s[T + t] q[T + t]| <= max|x[t]| / 64516        up to float32 rounding
+
+    Args:
+        x: float32, bfloat16 or float16 [T, C].
+
+    Returns:
+        q int8 [2 T, C], first the high digits; scale float32 [2 T].
+
+    Raises:
+        ValueError: a wrong dtype or rank.
+    """
+    return _quantize_digits(x)

@@ -2,7 +2,7 @@
 """The decoder: how tokens become logits, on the fused operations of `prefixquant.ops`.
 
 A step works on flat tokens: T tokens of one or more sequences side by side, [T, C], without
-padding. Nine operations a block (`Decoder._blocks`)::
+padding. Nine operations a block (`Decoder._queries` to `Decoder._behind_attention`)::
 
     rmsnorm_quantize          hidden -> int8
     gemm_fused                q, k, v as one product
@@ -18,7 +18,6 @@ The prefix of the checkpoint is 16-bit keys and values in front of every sequenc
 to -1: tokens keep positions 0, 1, .. and the prefix takes no room in the cache.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +26,12 @@ from torch import Tensor
 
 from prefixquant import ops
 from prefixquant.runtime.cache import StaticCache
+from prefixquant.runtime.chunks import Chunk, Segment, split_prompts
 from prefixquant.runtime.weights import Block, Weights
 
 # Tokens that go through the blocks at a time: it bounds the memory of a prefill (the widest tensor
 # of Llama-3-8B is then 470 MB), and fewer would not fill a GPU.
 _CHUNK_TOKENS = 8192
-
-Attend = Callable[[int, Block, Tensor], Tensor]  # (layer, block, q [T, Hq, D]) -> int8 [T, Hq * D]
 
 
 @dataclass(frozen=True)
@@ -44,56 +42,38 @@ class Step:
     """
 
     tokens: Tensor  # int64 [B]
-    positions: Tensor  # int32 [B]
+    counts: Tensor  # int32 [2, B]: `positions` and `lengths`
     slots: Tensor  # int64 [B]: where its key and value go; -1 for a place that is not used
-    lengths: Tensor  # int32 [B]: rows of the cache it attends, its own included
+    used: Tensor  # int32 [B]: 1, or 0 for a place that is not used
+
+    @property
+    def positions(self) -> Tensor:
+        """int32 [B]"""
+        return self.counts[0]
+
+    @property
+    def lengths(self) -> Tensor:
+        """int32 [B]: rows of the cache that a token attends, its own included"""
+        return self.counts[1]
 
     @classmethod
     def after(cls, lengths: list[int], places: int, cache: StaticCache) -> "Step":
         """The step behind cached sequences of these lengths, padded to ``places``."""
         device, unused = cache.keys[0].device, places - len(lengths)
+        counts = [lengths + [0] * unused, [n + 1 for n in lengths] + [0] * unused]
         slots = [cache.slots(b, length, 1)[0] for b, length in enumerate(lengths)]
+        used = [1] * len(lengths) + [0] * unused
         return cls(
             torch.zeros(places, dtype=torch.int64, device=device),
-            torch.tensor(lengths + [0] * unused, dtype=torch.int32, device=device),
+            torch.tensor(counts, dtype=torch.int32, device=device),
             torch.tensor(slots + [-1] * unused, dtype=torch.int64, device=device),
-            torch.tensor([n + 1 for n in lengths] + [0] * unused, dtype=torch.int32, device=device),
+            torch.tensor(used, dtype=torch.int32, device=device),
         )
 
     def advance(self) -> None:
         """To the next token of every sequence, in place."""
-        used = self.slots >= 0
-        self.positions.add_(used)
-        self.slots.add_(used)
-        self.lengths.add_(used)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive tokens of one prompt."""
-
-    sequence: int
-    start: int
-    tokens: list[int]
-    is_last: bool  # of its prompt
-
-
-def split_prompts(prompts: list[list[int]], chunk: int) -> Iterator[list[Segment]]:
-    """The prompts as chunks of at most ``chunk`` tokens, each of one or more segments."""
-    segments: list[Segment] = []
-    room = chunk
-    for sequence, prompt in enumerate(prompts):
-        start = 0
-        while start < len(prompt):
-            tokens = prompt[start : start + room]
-            end = start + len(tokens)
-            segments.append(Segment(sequence, start, tokens, end == len(prompt)))
-            start, room = end, room - len(tokens)
-            if room == 0:
-                yield segments
-                segments, room = [], chunk
-    if segments:
-        yield segments
+        self.counts.add_(self.used)
+        self.slots.add_(self.used)
 
 
 class Decoder:
@@ -117,134 +97,155 @@ class Decoder:
         Returns:
             float32 [B, V], the logits behind the last token of each.
         """
-        geometry = self.weights.geometry
         last = torch.empty(
-            len(prompts), geometry.hidden, dtype=self.weights.dtype, device=self.weights.device
+            len(prompts),
+            self.weights.geometry.hidden,
+            dtype=self.weights.dtype,
+            device=self.weights.device,
         )
         for segments in split_prompts(prompts, _CHUNK_TOKENS):
-            hidden = self._prefill_chunk(segments, cache)
-            end = 0
-            for segment in segments:
-                end += len(segment.tokens)
-                if segment.is_last:
-                    last[segment.sequence] = hidden[end - 1]
+            chunk = Chunk.of(segments, cache)
+            hidden = self._prefill_chunk(chunk, cache)
+            if hidden is not None:
+                last[chunk.ended_pages[:, 0]] = hidden
         return self.logits(last)
 
-    def _prefill_chunk(self, segments: list[Segment], cache: StaticCache) -> Tensor:
-        device, weights = self.weights.device, self.weights
-        tokens = torch.tensor([t for s in segments for t in s.tokens], device=device)
-        positions = torch.cat(
-            [torch.arange(s.start, s.start + len(s.tokens), device=device) for s in segments]
-        )
-        slots = torch.cat(
-            [
-                torch.arange(rows.start, rows.stop, device=device)
-                for rows in (cache.slots(s.sequence, s.start, len(s.tokens)) for s in segments)
-            ]
-        )
-
-        def attend(layer: int, block: Block, q: Tensor) -> Tensor:
-            pieces = [
-                ops.kv_prefill_attention(
-                    piece,
-                    cache.keys[layer],
-                    cache.values[layer],
-                    block.k_scale,
-                    block.v_scale,
-                    block.prefix_key,
-                    block.prefix_value,
-                    weights.kv_bits,
-                    segment.start,
-                    self.scaling,
-                    segment.sequence,
-                )
-                for segment, piece in zip(
-                    segments, q.split([len(s.tokens) for s in segments]), strict=True
-                )
-            ]
-            out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-            return ops.quantize_static(out, block.o.input_scale, block.o.bits[1])
-
-        return self._blocks(self.embed(tokens), positions.int(), slots, cache, attend)
-
-    # ---- one token of each sequence ----
-
-    def decode(self, step: Step, cache: StaticCache, max_length: int) -> Tensor:
-        """float32 [B, V], the logits behind the tokens of the step.
-
-        Nothing is read back from the device, so that a CUDA graph can hold it.
-
-        Args:
-            max_length: a bound of ``step.lengths``.
-        """
+    def _prefill_chunk(self, chunk: Chunk, cache: StaticCache) -> Tensor | None:
+        """[prompts that end here, C], behind the last token of each; None: no prompt ends."""
         weights = self.weights
+        hidden = self.embed(chunk.tokens)
+        for layer, block in enumerate(weights.blocks):
+            q = self._queries(layer, hidden, chunk.positions, chunk.slots, cache)
+            if block is weights.blocks[-1]:
+                # No key or value depends on what follows: only the last tokens go on.
+                if chunk.ends is None:
+                    return None
+                hidden, q = hidden[chunk.ends], q[chunk.ends]
+                attended = self._attend_cache(
+                    layer, q, cache, chunk.lengths, cache.capacity, chunk.ended_pages
+                )
+            else:
+                attended = self._attend_chunk(layer, q, cache, chunk.runs)
+            hidden = self._behind_attention(block, hidden, attended)
+        return hidden
 
-        def attend(layer: int, block: Block, q: Tensor) -> Tensor:
-            return ops.kv_decode_attention(
-                q,
+    def _attend_chunk(
+        self, layer: int, q: Tensor, cache: StaticCache, runs: list[list[Segment]]
+    ) -> Tensor:
+        """q [T, Hq, D] of whole segments -> int8 [T, Hq * D]"""
+        block = self.weights.blocks[layer]
+        sizes = [len(run) * len(run[0].tokens) for run in runs]
+        pieces = [
+            ops.kv_prefill_attention(
+                piece,
                 cache.keys[layer],
                 cache.values[layer],
                 block.k_scale,
                 block.v_scale,
                 block.prefix_key,
                 block.prefix_value,
-                step.lengths,
-                None,
-                weights.kv_bits,
-                max_length,
+                self.weights.kv_bits,
+                run[0].start,
                 self.scaling,
-                block.o.input_scale,
-                block.o.bits[1],
+                run[0].sequence,
+                sequences=len(run),
+                output_scale=block.o.input_scale,
+                output_bits=block.o.bits[1],
             )
+            for run, piece in zip(runs, q.split(sizes), strict=True)
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
+    # ---- one token of each sequence ----
+
+    def decode(
+        self, step: Step, cache: StaticCache, max_length: int, out: Tensor | None = None
+    ) -> Tensor:
+        """float32 [B, V], the logits behind the tokens of the step.
+
+        Nothing is read back from the device, so that a CUDA graph can hold it.
+
+        Args:
+            max_length: a bound of ``step.lengths``.
+            out: where the logits are written.
+        """
         hidden = self.embed(step.tokens)
-        return self.logits(self._blocks(hidden, step.positions, step.slots, cache, attend))
+        for layer, block in enumerate(self.weights.blocks):
+            q = self._queries(layer, hidden, step.positions, step.slots, cache)
+            attended = self._attend_cache(layer, q, cache, step.lengths, max_length)
+            hidden = self._behind_attention(block, hidden, attended)
+        return self.logits(hidden, out)
+
+    def _attend_cache(
+        self,
+        layer: int,
+        q: Tensor,
+        cache: StaticCache,
+        lengths: Tensor,
+        max_length: int,
+        pages: Tensor | None = None,
+    ) -> Tensor:
+        """q [B, Hq, D] -> int8 [B, Hq * D]; ``pages`` int32 [B, 1], None: page b."""
+        block = self.weights.blocks[layer]
+        return ops.kv_decode_attention(
+            q,
+            cache.keys[layer],
+            cache.values[layer],
+            block.k_scale,
+            block.v_scale,
+            block.prefix_key,
+            block.prefix_value,
+            lengths,
+            pages,
+            self.weights.kv_bits,
+            max_length,
+            self.scaling,
+            block.o.input_scale,
+            block.o.bits[1],
+        )
 
     # ---- both ----
 
     def embed(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.weights.embedding).to(self.weights.dtype)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         weights = self.weights
-        return weights.head(ops.rmsnorm(hidden, weights.final_norm, weights.geometry.eps))
+        return weights.head(ops.rmsnorm(hidden, weights.final_norm, weights.geometry.eps), out)
 
-    def _blocks(
-        self,
-        hidden: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        cache: StaticCache,
-        attend: Attend,
+    def _queries(
+        self, layer: int, hidden: Tensor, positions: Tensor, slots: Tensor, cache: StaticCache
     ) -> Tensor:
-        """hidden [T, C] through all blocks; appends to the cache."""
-        weights, r3, r4 = self.weights, self.weights.rotation, self.weights.mlp_rotation
-        for layer, block in enumerate(weights.blocks):
-            q = ops.rope_kv_append(
-                block.qkv(block.input_norm(hidden)),
-                self.cos,
-                self.sin,
-                positions,
-                block.q_norm,
-                block.k_norm,
-                weights.geometry.eps,
-                r3.signs,
-                r3.size,
-                block.k_scale,
-                block.v_scale,
-                weights.kv_bits,
-                cache.keys[layer],
-                cache.values[layer],
-                slots,
-                weights.geometry.heads,
-            )
-            hidden = block.o(attend(layer, block, q), residual=hidden)
-            gate, up = block.gate_up(block.post_norm(hidden)).chunk(2, dim=-1)
-            inner = ops.swiglu_hadamard_quantize(
-                gate, up, r4.signs, r4.size, block.down.input_scale, block.down.bits[1]
-            )
-            hidden = block.down(inner, residual=hidden)
-        return hidden
+        """hidden [T, C] -> q [T, Hq, D]; appends keys and values to the cache."""
+        block, weights, r3 = self.weights.blocks[layer], self.weights, self.weights.rotation
+        return ops.rope_kv_append(
+            block.qkv(block.input_norm(hidden)),
+            self.cos,
+            self.sin,
+            positions,
+            block.q_norm,
+            block.k_norm,
+            weights.geometry.eps,
+            r3.signs,
+            r3.size,
+            block.k_scale,
+            block.v_scale,
+            weights.kv_bits,
+            cache.keys[layer],
+            cache.values[layer],
+            slots,
+            weights.geometry.heads,
+        )
+
+    def _behind_attention(self, block: Block, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The rest of a block: [T, C], of hidden [T, C] and attended int8 [T, Hq * D]."""
+        r4 = self.weights.mlp_rotation
+        hidden = block.o(attended, residual=hidden)
+        gate, up = block.gate_up(block.post_norm(hidden)).chunk(2, dim=-1)
+        inner = ops.swiglu_hadamard_quantize(
+            gate, up, r4.signs, r4.size, block.down.input_scale, block.down.bits[1]
+        )
+        return block.down(inner, residual=hidden)
 
 
 def rope_tables(config, count: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from prefixquant.runtime.cache import StaticCache
 from prefixquant.runtime.decoder import Decoder, Step
+from prefixquant.runtime.sampling import argmax
 
 # Places of a captured step: a batch runs in the next one up.
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -37,8 +38,8 @@ class DecodeGraphs:
 
     def begin(self, step: Step) -> None:
         """Makes the next replay compute this step."""
-        for name in ("tokens", "positions", "slots", "lengths"):
-            getattr(self.step, name).copy_(getattr(step, name))
+        for own, other in zip(vars(self.step).values(), vars(step).values(), strict=True):
+            own.copy_(other)
 
     def replay(self, max_length: int) -> Tensor:
         """One step; ``max_length`` bounds its lengths. Returns `logits`."""
@@ -52,6 +53,7 @@ class DecodeGraphs:
     def _capture(self, bound: int) -> torch.cuda.CUDAGraph:
         saved = [t.clone() for t in vars(self.step).values()]
         self.step.slots.fill_(-1)  # the warm-up writes nothing to the cache
+        self.step.used.zero_()
         stream = torch.cuda.Stream(self.decoder.weights.device)
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
@@ -66,8 +68,8 @@ class DecodeGraphs:
         return graph
 
     def _run(self, bound: int) -> None:
-        self.logits.copy_(self.decoder.decode(self.step, self.cache, bound))
-        self.step.tokens.copy_(self.logits.argmax(dim=-1))
+        self.decoder.decode(self.step, self.cache, bound, self.logits)
+        argmax(self.logits, self.step.tokens)
         self.step.advance()
 
 

@@ -12,7 +12,6 @@ from prefixquant.errors import UserError
 
 # Rows of the vocabulary that are quantized at a time: the 16-bit weight stays off the device.
 _ROWS_AT_ONCE = 16384
-_DIGIT = 256  # x = (256 high + low) * scale with high and low in int8
 
 
 @dataclass(frozen=True)
@@ -21,19 +20,27 @@ class Head16:
 
     weight: Tensor  # 16-bit [V, C]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         x = x.to(self.weight.dtype)
+        if x.is_cuda and "dtype" in torch.ops.aten.mm.overloads():
+            # float32 sums as they are: not rounded to 16 bits in between, and no conversion.
+            arguments = (x, self.weight.T, torch.float32)
+            if out is None:
+                return torch.ops.aten.mm.dtype(*arguments)
+            return torch.ops.aten.mm.dtype_out(*arguments, out=out)
         if len(x) == 1 and x.device.type == "cpu":
             # torch's matrix-vector product reads the weight 2.6 times as fast there.
-            return (self.weight @ x[0])[None].float()
-        return F.linear(x, self.weight).float()
+            logits = (self.weight @ x[0])[None]
+        else:
+            logits = F.linear(x, self.weight)
+        return logits.float() if out is None else out.copy_(logits)
 
 
 @dataclass(frozen=True)
 class Head8:
     """``logits = x @ (scale * W8)^T``, float32 [T, V], W8 int8 with one scale a row.
 
-    x is split into two int8 digits, x = s (256 high + low): 16 bits of x on the int8 kernels. Both
+    x is split into two int8 digits, each with a scale a row: 15 bits of x on the int8 kernels. Both
     digits are rows of one product, so the weight is read once.
     """
 
@@ -41,17 +48,12 @@ class Head8:
     scale: Tensor  # float32 [V]
     one: Tensor  # float32 [], the input scale of the integer product
 
-    def __call__(self, x: Tensor) -> Tensor:
-        x = x.float()
-        # 127.49 * 256: the largest value still rounds to a high digit of 127.
-        step = (x.abs().amax(dim=-1, keepdim=True) / (127.49 * _DIGIT)).clamp_min(1e-30)
-        digits = (x / step).round()
-        high = (digits / _DIGIT).round()
-        low = digits - high * _DIGIT  # -128 .. 128
-        both = torch.cat((high, low.clamp_max(127))).to(torch.int8)
-        sums = ops.gemm_w8a8(both, self.weight, self.scale, self.one, None, torch.float32)
-        high_sum, low_sum = sums.chunk(2)
-        return (high_sum * _DIGIT + low_sum) * step
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        digits, scales = ops.quantize_digits(x)
+        sums = ops.gemm_w8a8(digits, self.weight, self.scale, self.one, None, torch.float32)
+        high, low = sums.chunk(2)
+        high_scale, low_scale = scales[:, None].chunk(2)
+        return torch.addcmul(torch.mul(high, high_scale, out=out), low, low_scale, out=out)
 
 
 Head = Head16 | Head8
@@ -68,12 +70,14 @@ def make_head(weight: Tensor, bits: int, device: torch.device) -> Head:
         return Head16(weight.to(torch.bfloat16) if device.type == "cpu" else weight.to(device))
     if bits != 8:
         raise UserError(f"head_bits: expected 8 or 16, got {bits}")
-    quantized = [_quantize_rows(rows.to(device)) for rows in weight.split(_ROWS_AT_ONCE)]
-    q = torch.cat([rows for rows, _ in quantized])
-    scale = torch.cat([scales for _, scales in quantized])
-    return Head8(ops.prepack_w8(q), scale, torch.ones((), device=device))
+    q = torch.empty(weight.shape, dtype=torch.int8, device=device)
+    scale = torch.empty(len(weight), device=device)
+    for first in range(0, len(weight), _ROWS_AT_ONCE):
+        rows = slice(first, first + _ROWS_AT_ONCE)
+        q[rows], scale[rows] = ops.quantize_dynamic(weight[rows].to(device), 8)
+    return head_of_levels(q, scale)
 
 
-def _quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    q, scale = ops.quantize_dynamic(rows, 8)
-    return q, scale.view(-1)
+def head_of_levels(levels: Tensor, scale: Tensor) -> Head8:
+    """The head of int8 weights [V, C] with a scale float32 [V] a row."""
+    return Head8(ops.prepack_w8(levels), scale, torch.ones((), device=levels.device))

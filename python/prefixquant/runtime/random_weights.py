@@ -9,7 +9,7 @@ from prefixquant import _C, ops
 from prefixquant.config import Scheme
 from prefixquant.errors import UserError
 from prefixquant.roles import Geometry, model_geometry
-from prefixquant.runtime.head import make_head
+from prefixquant.runtime.head import Head, head_of_levels, make_head
 from prefixquant.runtime.weights import Block, Linear, Norm, Weights, compute_dtype, rotation
 
 _LLAMA_3 = {
@@ -140,7 +140,7 @@ class _Maker:
             embedding=embedding,
             blocks=[self.block(config.model_type == "qwen3") for _ in range(g.layers)],
             final_norm=torch.ones(g.hidden, dtype=self.dtype, device=self.device),
-            head=make_head(self.normal(g.vocab, g.hidden), head_bits, self.device),
+            head=self.head(head_bits),
             dtype=self.dtype,
         )
 
@@ -164,21 +164,36 @@ class _Maker:
             down=self.linear(g.hidden, g.intermediate),
         )
 
+    def head(self, bits: int) -> Head:
+        g = self.geometry
+        if bits == 8:  # no 16-bit weight, as where a checkpoint is loaded
+            return head_of_levels(
+                self.levels(g.vocab, g.hidden, 8), self.scale(g.vocab, g.hidden, 8)
+            )
+        return make_head(self.normal(g.vocab, g.hidden), bits, self.device)
+
     def linear(self, n: int, k: int) -> Linear:
         """Outputs of order 1 for inputs of order 1."""
         bits = self.scheme.weight_bits
-        shape, dtype = ((n, k // 2), torch.uint8) if bits == 4 else ((n, k), torch.int8)
-        integers = torch.empty(shape, dtype=torch.uint8, device=self.device)
-        integers.random_(0, 256, generator=self.generator)
         prepack = ops.prepack_w4 if bits == 4 else ops.prepack_w8
         return Linear(
-            prepack(integers.view(dtype)),
-            torch.full((n,), k**-0.5 / _LEVEL_RMS[bits], device=self.device),
+            prepack(self.levels(n, k, bits)),
+            self.scale(n, k, bits),
             self.full((), 3.0, self.scheme.activation_bits),
             None,
             (bits, self.scheme.activation_bits),
             self.dtype,
         )
+
+    def levels(self, n: int, k: int, bits: int) -> Tensor:
+        """Random integers: packed uint8 [n, k / 2], or int8 [n, k]."""
+        shape, dtype = ((n, k // 2), torch.uint8) if bits == 4 else ((n, k), torch.int8)
+        integers = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        return integers.random_(0, 256, generator=self.generator).view(dtype)
+
+    def scale(self, n: int, k: int, bits: int) -> Tensor:
+        """With `levels`, products of order 1."""
+        return torch.full((n,), k**-0.5 / _LEVEL_RMS[bits], device=self.device)
 
     def norm(self, following: Linear) -> Norm:
         return Norm(None, self.geometry.eps, following.input_scale, self.scheme.activation_bits)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from prefixquant.errors import UserError
 
+_ARGMAX_PARTS = 128
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -44,12 +46,32 @@ class Sampling:
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """The next tokens, int64 [B], of float32 logits [B, V]."""
     if sampling.greedy:
-        return logits.argmax(dim=-1)
+        return argmax(logits)
     logits = filtered_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
     # The Gumbel-max trick: argmax of log p + Gumbel noise is a draw from p, without a cumulative
     # sum and without reading anything back. -log of an exponential variable is Gumbel noise.
     noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits - noise.log()).argmax(dim=-1)
+    return argmax(logits - noise.log())
+
+
+def argmax(logits: Tensor, out: Tensor | None = None) -> Tensor:
+    """The place of the largest of each row [B, V], the first where several are; int64 [B].
+
+    torch's own reads a row with few blocks of a GPU: 26 us for one of 128256 logits on an H100,
+    a hundredth of a decode step. Here the parts of a row are searched side by side.
+    """
+    batch, vocab = logits.shape
+    if not logits.is_cuda or vocab % _ARGMAX_PARTS:
+        return torch.argmax(logits, dim=-1, out=out)
+    return argmax_of_parts(logits.view(batch, _ARGMAX_PARTS, -1), out)
+
+
+def argmax_of_parts(parts: Tensor, out: Tensor | None = None) -> Tensor:
+    """`argmax` of rows in parts [B, P, V / P]."""
+    best, place = parts.max(dim=-1)
+    part = best.argmax(dim=-1, keepdim=True)
+    column = None if out is None else out[:, None]
+    return torch.add(place.gather(1, part), part, alpha=parts.shape[-1], out=column)[:, 0]
 
 
 def filtered_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
