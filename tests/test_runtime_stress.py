@@ -104,6 +104,37 @@ def test_gpu_prefill_is_near_the_cpu(gpu_pair):
     assert error < 0.05
 
 
+def prefill_logits(runtime: Runtime, prompts: list[list[int]]) -> torch.Tensor:
+    runtime.reserve(len(prompts), 256)
+    with torch.inference_mode():
+        return runtime.decoder.prefill(prompts, runtime.cache).float().cpu()
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    error = (found - expected).square().sum() / expected.square().sum()
+    assert error < 0.05  # as above
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("least_work", [0, 1 << 62])
+def test_gpu_equal_prompts_together(gpu_pair, monkeypatch, least_work):
+    """By cuDNN and by FlashAttention; in one chunk, and cut into pieces of 50 tokens."""
+    from prefixquant.ops import kv_prefill_attention_cuda
+    from prefixquant.runtime import decoder
+
+    monkeypatch.setattr(kv_prefill_attention_cuda, "_CUDNN_LEAST_WORK", least_work)
+    generator = random.Random(5)
+    lengths = (70, 70, 70, 33, 120, 120)
+    prompts = [[generator.randrange(2, 97) for _ in range(n)] for n in lengths]
+    expected = prefill_logits(gpu_pair[1], prompts)
+    together = prefill_logits(gpu_pair[0], prompts)
+    assert_near(together, expected)
+    alone = torch.cat([prefill_logits(gpu_pair[0], [prompt]) for prompt in prompts])
+    assert_near(together, alone)
+    monkeypatch.setattr(decoder, "_CHUNK_TOKENS", 50)
+    assert_near(prefill_logits(gpu_pair[0], prompts), expected)
+
+
 @pytest.mark.gpu
 def test_gpu_graph_equals_the_operations(gpu_pair):
     """Tokens of replayed graphs against steps that are launched one operation at a time."""

@@ -57,17 +57,19 @@ class Speed:
 Generate = Callable[[torch.Tensor, int], tuple[float, float]]
 
 
-def measure(generate: Generate, case: Case, vocab: int, device: torch.device) -> Speed:
-    """Times a candidate on a case: one round to warm up, then `ROUNDS`."""
+def measure(
+    generate: Generate, case: Case, vocab: int, device: torch.device, rounds: int | None = None
+) -> Speed:
+    """Times a candidate on a case: one round to warm up, then ``rounds``; None: `ROUNDS`."""
     prompts = case.prompts(vocab)
     generate(prompts, case.new_tokens)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    rounds = [generate(prompts, case.new_tokens) for _ in range(ROUNDS)]
-    prefill = statistics.median(first for first, _ in rounds)
+    times = [generate(prompts, case.new_tokens) for _ in range(rounds or ROUNDS)]
+    prefill = statistics.median(first for first, _ in times)
     decode = None
     if case.new_tokens > 1:
-        decode = statistics.median(rest for _, rest in rounds) / (case.new_tokens - 1)
+        decode = statistics.median(rest for _, rest in times) / (case.new_tokens - 1)
     memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
     return Speed(
         prefill * 1e3,
