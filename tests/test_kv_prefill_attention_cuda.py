@@ -6,6 +6,7 @@ import reference
 import test_kv_cache_attention as cpu_cache
 import torch
 from compare import assert_bits_equal, assert_float_error
+from kv_cases import filled_cache
 from prefixquant import _C, ops
 
 pytestmark = pytest.mark.gpu
@@ -18,8 +19,13 @@ from prefixquant.ops import kv_prefill_attention_cuda as module  # noqa: E402
 def make_inputs(heads, tokens, sequences, dtype, prefix, start=0, page_size=None):
     """(arguments of kv_prefill_attention on the CPU, the pages of every sequence)"""
     lengths = [start + tokens] * sequences
-    inputs, pages = cpu_cache.make_inputs(heads, 4, dtype, lengths, prefix, page_size)
+    inputs, _ = cpu_cache.make_inputs(heads, 4, dtype, [1] * sequences, prefix)
     inputs = {n: v for n, v in inputs.items() if n not in ("lengths", "max_length")}
+    names = ("k_cache", "v_cache", "block_table")
+    *cache, pages = filled_cache(
+        lengths, *heads[1:], 4, dtype, page_size, capacity=start + tokens + 5
+    )
+    inputs.update(zip(names, cache, strict=True))
     q = torch.randn(sequences * tokens, heads[0], heads[2]).to(dtype)
     return inputs | {"q": q, "start": start, "sequences": sequences}, pages
 

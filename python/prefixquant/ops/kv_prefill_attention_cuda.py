@@ -164,14 +164,15 @@ def _finish(a: KvPrefillAttentionArguments, attended: Tensor, out: Tensor) -> Te
     batch, tokens = attended.shape[:2]
     if a.output_scale is None and attended.is_contiguous():
         return attended.reshape(out.shape)
-    parts = out.view(batch, tokens, -1)
     if a.output_scale is None:
-        parts.view(attended.shape).copy_(attended)
+        out.view(attended.shape).copy_(attended)
         return out
     # The rows of one sequence lie at one distance, those of all of them do not.
     whole = attended.is_contiguous()
-    for x, q in [(attended, parts)] if whole else zip(attended, parts, strict=True):
-        rows = x.reshape(-1, parts.shape[2])
+    for x, q in (
+        [(attended, out)] if whole else zip(attended, out.view(batch, tokens, -1), strict=True)
+    ):
+        rows = x.reshape(q.shape)
         launch("quantize_static", rows, x=rows, scale=a.output_scale, bits=a.output_bits, q=q)
     return out
 
