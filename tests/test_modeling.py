@@ -9,9 +9,11 @@ import torch
 from prefixquant import ops
 from prefixquant.checkpoint import write_checkpoint
 from prefixquant.config import RecipeConfig, Scheme
+from prefixquant.errors import UserError
 from prefixquant.modeling import load
+from prefixquant.modeling.attention import attention_by_sequence, causal_rows
 from prefixquant.modeling.cache import QuantizedLayer
-from prefixquant.modeling.linear import QuantLinear
+from prefixquant.modeling.linear import QuantLinear, RMSNorm
 from prefixquant.modeling.load import linear_weight_bytes
 from prefixquant.quantize import quantize
 from prefixquant.simulate import SimulatedModel
@@ -208,6 +210,69 @@ def test_canonical_weight_comes_back(tmp_path):
     stored = result.tensors["model.layers.1.self_attn.o_proj.weight_packed"]
     assert torch.equal(o_proj.canonical_weight(), stored)
     assert ops.unpack_int4(stored).shape == (48, 48)
+
+
+def left_padded_mask(padding, tokens, end, cached):
+    """bool [B, 1, T, S] as transformers spells it: the queries are the rows before ``end``."""
+    own = end - tokens + torch.arange(tokens)[:, None]
+    column = torch.arange(cached)
+    rows = [(column <= own) & (column >= skip) for skip in padding]
+    return torch.stack(rows)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("padding", "tokens", "end", "cached"),
+    [([0, 0], 20, 20, 20), ([3, 0, 19], 20, 20, 20), ([3, 25], 20, 60, 60), ([5, 0], 20, 30, 64)],
+)
+def test_causal_rows(padding, tokens, end, cached):
+    mask = left_padded_mask(padding, tokens, end, cached)
+    expected = [(skip, end) for skip in padding]
+    assert causal_rows(mask, len(padding), tokens, cached) == expected
+    assert causal_rows(mask[:1].clone(), 3, tokens, cached) == expected[:1] * 3
+    assert causal_rows(None, 2, tokens, cached) == [(0, cached)] * 2
+    for row, column in ((0, 0), (tokens - 1, end - 2), (4, end - 1)):
+        other = mask.clone()
+        other[0, 0, row, column] ^= True
+        assert causal_rows(other, len(padding), tokens, cached) is None
+    nothing = torch.zeros_like(mask)
+    assert causal_rows(nothing, len(padding), tokens, cached) is None
+
+
+def test_attention_by_sequence_is_that_of_the_mask(llama):
+    """What more than 16 tokens on a GPU take, against the operation with a mask."""
+    quantizer = llama.model.layers[0].self_attn.kv_quantizer
+    query, key, value = (torch.randn(3, heads, n, 16) for heads, n in ((3, 20), (1, 64), (1, 64)))
+    cache = quantizer.quantize(key, value)
+    mask = left_padded_mask([3, 0, 25], 20, 40, 64)
+    out = attention_by_sequence(quantizer, query, cache, causal_rows(mask, 3, 20, 64), 0.25)
+    kv = quantizer
+    scales = kv.k_scale, kv.v_scale, kv.prefix_key, kv.prefix_value
+    expected = ops.kv_attention(query, cache.key, cache.value, *scales, mask, 0.25)
+    seen = mask.any(-1)[:, 0]
+    assert seen.sum() == 20 + 20 + 15
+    torch.testing.assert_close(out[seen], expected[seen], rtol=0, atol=2e-2)  # bfloat16 products
+    assert (out[~seen] == 0).all()
+
+
+def test_devices_that_are_not_there(tmp_path):
+    for device in ("cuda:99", "meta", "tape"):
+        with pytest.raises(UserError, match=f"device.*{device}"):
+            load(tmp_path, device=device)
+
+
+def test_usual_dtype_of_another_type_of_device():
+    """float32 on a CPU; elsewhere the stored dtype, unless another is asked for."""
+    weight = torch.ones(8, dtype=torch.float16)
+
+    def norm():
+        return RMSNorm(weight, 1e-5, torch.float32, torch.float16)
+
+    assert norm().compute_dtype == norm().to("cpu").weight.dtype == torch.float32
+    moved = norm().to("meta")
+    assert moved.compute_dtype == moved.weight.dtype == torch.float16
+    asked = norm().to("meta", torch.float32)
+    assert asked.compute_dtype == asked.weight.dtype == torch.float32
+    assert norm().to(torch.bfloat16).to("meta").compute_dtype == torch.bfloat16
 
 
 def test_output_attentions_is_refused(llama):

@@ -17,6 +17,7 @@ from typing import Any
 from prefixquant.checkpoint import is_prefixquant_checkpoint, read_checkpoint
 from prefixquant.errors import UserError
 from prefixquant.loading import load_tokenizer
+from prefixquant.modeling.load import check_device
 
 
 def start_server(
@@ -35,11 +36,14 @@ def start_server(
         port: 0 takes a free one.
 
     Raises:
-        UserError: no such checkpoint, a port that is taken, or packages that are not installed.
+        UserError: no such checkpoint or device, a port that is taken, or packages that are not
+            installed.
     """
     if not is_prefixquant_checkpoint(target):
         raise UserError(f"{target}: expected a prefixquant checkpoint to serve")
-    read_checkpoint(target, check_values=False)  # what is wrong with it is said before a port opens
+    # What is wrong is said before a port opens.
+    read_checkpoint(target, check_values=False)
+    check_device(device)
     name = model_name(target)
     if "@" in name:
         raise UserError(f"{target}: transformers serve takes what follows an @ for a revision")

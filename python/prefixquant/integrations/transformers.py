@@ -26,6 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from prefixquant import _C
 from prefixquant.checkpoint import Checkpoint, read_checkpoint
 from prefixquant.config import QUANT_METHOD
 
@@ -168,7 +169,7 @@ def _single_device(device_map: Any) -> Any:
     else:
         device = device_map
     if device in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
+        return "cuda:0" if _C.with_cuda and torch.cuda.is_available() else "cpu"
     return f"cuda:{device}" if isinstance(device, int) else device
 
 

@@ -64,7 +64,7 @@ def attention(
     if query.is_cuda and not few:
         rows = causal_rows(attention_mask, *query.shape[:3:2], cache.key.shape[2])
         if rows is not None:
-            return _attention_by_sequence(kv, query, cache, rows, scaling), None
+            return attention_by_sequence(kv, query, cache, rows, scaling), None
     if kv.bits == 16:
         return _float_attention(kv, query, cache.key, cache.value, attention_mask, scaling), None
     if few or query.is_cuda:
@@ -116,7 +116,7 @@ def causal_rows(
     return rows * batch if rows is not None and len(rows) == 1 else rows
 
 
-def _attention_by_sequence(
+def attention_by_sequence(
     kv: KVQuantizer, query: Tensor, cache: PackedKV, rows: list[tuple[int, int]], scaling: float
 ) -> Tensor:
     """[B, T, H, D] by the operation that a prompt without padding takes, so that padding changes no

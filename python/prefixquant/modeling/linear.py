@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules that hold packed weights and static scales: what a checkpoint stores."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,8 +21,9 @@ def usual_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
 
 class FixedDtypeModule(nn.Module):
     """A module whose buffers keep their dtype: `.to(bfloat16)` moves them and leaves float32 scales
-    as they are. ``compute_dtype`` follows the dtype asked for instead; a move to another type of
-    device that asks for none makes it the `usual_dtype` there, given ``stored_dtype``.
+    as they are. ``compute_dtype`` follows the dtype asked for instead. Given ``stored_dtype``, a
+    module in the `usual_dtype` of its device takes that of the device it is moved to, unless the
+    move names a dtype.
 
     Args:
         device: where the buffers are.
@@ -44,26 +47,34 @@ class FixedDtypeModule(nn.Module):
 
     def _apply(self, fn, recurse=True):
         kept = {name: b for name, b in self._buffers.items() if b is not None and name != "_dtype"}
-        before = self._dtype.device
+        before = self._dtype
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
             after = self._buffers[name]
             if after.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(after.device)
         device = self._dtype.device
-        if device.type != before.type:
+        if device.type != before.device.type:
             self._moved(kept, device)
-            # Only a dtype that was asked for changes float64, which nothing here has.
-            asked = fn(torch.empty(0, dtype=torch.float64, device=before)).dtype != torch.float64
-            if self.stored_dtype is not None and not asked:
+            if self._is_usual(before) and not _names_a_dtype(fn, before.device):
                 self._compute_in(usual_dtype(device, self.stored_dtype))
         return self
+
+    def _is_usual(self, marker: Tensor) -> bool:
+        stored = self.stored_dtype
+        return stored is not None and marker.dtype == usual_dtype(marker.device, stored)
 
     def _compute_in(self, dtype: torch.dtype) -> None:
         self._dtype = self._dtype.to(dtype)
 
     def _moved(self, before: dict[str, Tensor], device: torch.device) -> None:
         """The buffers have come to another type of device; ``before`` are those left behind."""
+
+
+def _names_a_dtype(fn: Callable[[Tensor], Tensor], device: torch.device) -> bool:
+    """Whether the function that a module's `_apply` got converts to a dtype; only then it changes
+    float64, which nothing here has."""
+    return fn(torch.empty(0, dtype=torch.float64, device=device)).dtype != torch.float64
 
 
 def _signs(size: int) -> Tensor | None:
