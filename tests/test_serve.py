@@ -113,10 +113,7 @@ def server(checkpoint, port, device="cpu"):
     command = [sys.executable, "-m", "prefixquant.cli", "serve", str(checkpoint)]
     options = {"--port": port, "--log-level": "error", "--seed": 0, "--device": device}
     return subprocess.Popen(
-        [
-            *command,
-            *(word for name, value in options.items() for word in (f"--{name}", str(value))),
-        ],
+        [*command, *(str(word) for option in options.items() for word in option)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
