@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The runtime against transformers' generate on the same checkpoints, and its own promises."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -9,13 +10,14 @@ from prefixquant.config import RecipeConfig, Scheme
 from prefixquant.errors import OutOfMemoryError, UnsupportedModelError, UserError
 from prefixquant.modeling import load
 from prefixquant.ops import quantize_dynamic
+from prefixquant.quantize import quantize
 from prefixquant.runtime import Runtime, Sampling, decoder
 from prefixquant.runtime.cache import StaticCache
 from prefixquant.runtime.chunks import Segment, equal_runs, split_prompts
 from prefixquant.runtime.graphs import length_bound, places_for
 from prefixquant.runtime.head import make_head
 from prefixquant.runtime.sampling import argmax, argmax_of_parts, choose, filtered_logits
-from test_modeling import CALIBRATION, save, write
+from test_modeling import CALIBRATION, recipe, save, write
 from tiny_families import FAMILIES, tiny_family
 from tiny_model import byte_tokenizer
 
@@ -89,8 +91,6 @@ def test_same_tokens_without_prefix(tmp_path):
 
 
 def test_same_tokens_with_blocks_of_r4_and_an_o_bias(tmp_path):
-    from prefixquant.quantize import quantize
-
     model = tiny_family("llama", attention_bias=True)
     recipe = RecipeConfig(
         scheme=Scheme.parse("w4a4kv4"),
@@ -303,6 +303,16 @@ def test_max_length(folder):
     for wrong in (0, 513):
         with pytest.raises(UserError, match="max_length: expected 1 to 512"):
             Runtime.from_checkpoint(folder, max_length=wrong)
+
+
+def test_outliers_are_refused(tmp_path):
+    # Their products are the transformers model's; without them the tokens would be wrong.
+    changes = {"solver": "quantease-outlier", "outlier_fraction": 0.01}
+    options = dataclasses.replace(recipe("w4a8kv4", "text:ab"), **changes)
+    model = tiny_family("llama")
+    write(tmp_path / "q", model, quantize(model, byte_tokenizer(), options, CALIBRATION))
+    with pytest.raises(UnsupportedModelError, match="weights without outliers"):
+        Runtime.from_checkpoint(tmp_path / "q")
 
 
 @pytest.mark.parametrize(

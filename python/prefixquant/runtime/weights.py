@@ -174,7 +174,13 @@ def load_weights(
 
 
 def _check_scheme(checkpoint: Checkpoint) -> None:
-    scheme = checkpoint.quantization.scheme
+    quantization = checkpoint.quantization
+    scheme = quantization.scheme
+    if quantization.outlier_fraction:
+        raise UnsupportedModelError(
+            f"{checkpoint.path}: the runtime runs weights without outliers, got outlier_fraction "
+            f"{quantization.outlier_fraction}; prefixquant.load runs this checkpoint"
+        )
     if (
         scheme.weight_bits not in (4, 8)
         or scheme.activation_bits == 16
