@@ -19,19 +19,29 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import reference
 from prefixquant import ops
-from prefixquant.hadamard import hadamard_matrix, hadamard_signs, split_size
+from prefixquant.hadamard import hadamard_signs, split_size
 from row_bench import copy_bandwidth, measure, share_of_copy
 from timing import environment, results_folder, write_json
 
 # Intermediate sizes of real models, and blocks of 14336.
 SIZES = (1536, 4864, 8192, 8960, 9728, 11008, 12288, 13824, 14336, 18944, 27648, 28672)
 BLOCKS = ((14336, 128), (14336, 256), (14336, 512), (14336, 1024))
-ROWS = (1, 16, 256, 4096, 8192)
+ROWS = (1, 16, 64, 256, 4096)
 
 
 def signs_of(block: int) -> Tensor | None:
     k = split_size(block)[1]
     return hadamard_signs(k).cuda() if k > 1 else None
+
+
+def transposed_matrix(block: int) -> Tensor:
+    """The transpose of the orthonormal H_k (x) H_pow2 in bfloat16; [block, block], on the GPU."""
+    pow2, k = split_size(block)
+    matrix = (hadamard_signs(k).T if k > 1 else torch.ones(1, 1)).to("cuda", torch.bfloat16)
+    two = torch.tensor([[1, 1], [1, -1]], device="cuda", dtype=torch.bfloat16)
+    for _ in range(pow2.bit_length() - 1):
+        matrix = torch.kron(matrix, two)
+    return (matrix * block**-0.5).contiguous()
 
 
 def check(columns: int, block: int, signs: Tensor | None, scale: Tensor) -> None:
@@ -51,7 +61,7 @@ def launches(columns: int, block: int) -> dict[str, tuple[Callable, float]]:
     """name -> (function of gate_up [rows, 2 columns], bytes an element)."""
     signs, scale = signs_of(block), torch.tensor(0.1, device="cuda")
     check(columns, block, signs, scale)
-    matrix = hadamard_matrix(block, torch.bfloat16).cuda().T.contiguous()
+    matrix = transposed_matrix(block)
 
     def torch_sequence(gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)

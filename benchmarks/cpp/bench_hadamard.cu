@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Hadamard, alone and with SwiGLU and quantization, without Python.
-//   bench_hadamard check    small self-checking launches, made for compute-sanitizer
-//   bench_hadamard          the same, then microseconds and shares of the copy bandwidth
+//   bench_hadamard check    small self-checking launches of every kernel, for compute-sanitizer
+//   bench_hadamard few      fewer of them, for its slower tools
+//   bench_hadamard time     microseconds and shares of the copy bandwidth, back to back and, for few
+//                           rows, between two linear layers as in a decoder
+//   bench_hadamard sweep [rows..]   the same for every configuration, which kFewElements is from
+//   bench_hadamard          check on larger sizes, then time
 #include <cuda_bf16.h>
 
 #include <cmath>
@@ -12,7 +16,10 @@
 #include <string>
 
 #include "harness.h"
+#include "prefixquant/gemm_w4.h"
 #include "prefixquant/hadamard.h"
+#include "prefixquant/launch.h"
+#include "prefixquant/layout_w4.h"
 
 namespace prefixquant::bench {
 namespace {
@@ -63,7 +70,86 @@ void transform(std::vector<float>& v, int64_t k, const std::vector<int8_t>& sign
   v = y;
 }
 
-int check(const Case& c) {
+// Every configuration that can do it, the chosen one first.
+std::vector<HadamardConfig> configs_of(const RowHadamardParams& p) {
+  const CurrentDevice current;
+  const HadamardDevice device{current.arch, current.sm_count, current.smem_limit};
+  const bool vectors = hadamard_vectors(p);
+  std::vector<HadamardConfig> configs = {choose_hadamard_config(p, vectors, device),
+                                         hadamard_sums_config(p, vectors, device)};
+  for (const int cluster : {1, 2, 4, 8}) {
+    configs.push_back(hadamard_cluster_config(p, vectors, device, cluster));
+  }
+  std::vector<HadamardConfig> possible;
+  for (const HadamardConfig& config : configs) {
+    if (config.grid > 0) possible.push_back(config);
+  }
+  return possible;
+}
+
+std::string text_of(const HadamardConfig& config) {
+  static const char* const kNames[] = {"registers", "sums", "cluster", "generic"};
+  const bool shared = config.kernel == HadamardKernel::kCluster;
+  return kNames[static_cast<int>(config.kernel)] +
+         (shared ? "/" + std::to_string(config.cluster) : "");
+}
+
+struct Expected {
+  std::vector<float> y;       // [rows, cols]
+  std::vector<float> scales;  // [rows], for kDynamic
+};
+
+Expected expected_of(const Case& c, const std::vector<__nv_bfloat16>& x,
+                     const std::vector<__nv_bfloat16>& up, const std::vector<int8_t>& signs,
+                     float qmax) {
+  Expected out;
+  for (int64_t r = 0; r < c.rows; ++r) {
+    float largest = 0.0f;
+    for (int64_t b = r * c.cols; b < (r + 1) * c.cols; b += c.block) {
+      std::vector<float> v(c.block);
+      for (int64_t i = 0; i < c.block; ++i) {
+        const float g = __bfloat162float(x[b + i]), u = __bfloat162float(up[b + i]);
+        v[i] = c.swiglu ? static_cast<float>(g / (1.0 + std::exp(-static_cast<double>(g)))) * u : g;
+      }
+      transform(v, c.k, signs);
+      for (const float f : v) largest = std::max(largest, std::fabs(f));
+      out.y.insert(out.y.end(), v.begin(), v.end());
+    }
+    out.scales.push_back(largest / qmax);
+  }
+  return out;
+}
+
+// Wrong elements of a result; `ties` counts levels that SwiGLU moved across a tie.
+int wrong_of(const Case& c, const RowHadamardParams& p, const Expected& expected,
+             const std::vector<uint8_t>& got, const std::vector<float>& scales, int& ties) {
+  int wrong = 0;
+  for (int64_t r = 0; r < c.rows; ++r) {
+    float s = 0.37f;
+    if (c.scaling == RowScale::kDynamic) {
+      s = scales[r];
+      wrong += !(std::fabs(s - expected.scales[r]) <= 2e-6f * expected.scales[r]);
+    }
+    for (int64_t at = r * c.cols; at < (r + 1) * c.cols; ++at) {
+      if (c.scaling == RowScale::kNone) {
+        const __nv_bfloat16 rounded = __float2bfloat16_rn(expected.y[at]);
+        wrong += std::memcmp(&rounded, got.data() + 2 * at, 2) != 0;
+        continue;
+      }
+      const float v = expected.y[at] * (1.0f / s);
+      const int q = static_cast<int>(std::min(std::max(std::nearbyintf(v), p.qmin), p.qmax));
+      const int step = std::abs(q - static_cast<int8_t>(got[at]));
+      if (step == 0) continue;
+      // Levels of SwiGLU may differ at a tie; without it, never.
+      const bool tie = std::fabs(v - std::floor(v) - 0.5f) <= 1e-5f * std::max(1.0f, std::fabs(v));
+      (c.swiglu && step == 1 && tie ? ties : wrong) += 1;
+    }
+  }
+  return wrong;
+}
+
+// Launches every configuration; returns how many are wrong.
+int check(const Case& c, int& launches) {
   const size_t count = c.rows * c.cols;
   const auto x = to_bf16(normal_rows(c.rows, c.cols, true));
   const auto up = to_bf16(normal_rows(c.rows, c.cols, false));
@@ -74,89 +160,59 @@ int check(const Case& c) {
   const Buffer<__nv_bfloat16> x_device(x), up_device(up);
   const Buffer<int8_t> signs_device(signs);
   const Buffer<float> scale(std::vector<float>{0.37f}), row_scale(c.rows);
-  const Buffer<uint8_t> out(c.scaling == RowScale::kNone ? 2 * count : count);
   RowHadamardParams p;
   p.x = x_device.data(), p.x_stride = c.cols, p.dtype = RowDtype::kBFloat16;
   if (c.swiglu) p.up = up_device.data(), p.up_stride = c.cols;
-  p.out = out.data(), p.scaling = c.scaling, p.scale = scale.data(), p.row_scale = row_scale.data();
+  p.scaling = c.scaling, p.scale = scale.data(), p.row_scale = row_scale.data();
   p.signs = c.k > 1 ? signs_device.data() : nullptr;
   p.block_size = c.block, p.k = c.k, p.rows = c.rows, p.cols = c.cols;
-  launch_hadamard(p, nullptr);
-  PQ_CUDA_CHECK(cudaDeviceSynchronize());
-  const auto got = out.host();
-  const auto scales = row_scale.host();
-
-  int wrong = 0, ties = 0;
-  for (int64_t r = 0; r < c.rows; ++r) {
-    std::vector<float> y;
-    for (int64_t b = 0; b < c.cols; b += c.block) {
-      std::vector<float> v(c.block);
-      for (int64_t i = 0; i < c.block; ++i) {
-        const float g = __bfloat162float(x[r * c.cols + b + i]);
-        const float u = __bfloat162float(up[r * c.cols + b + i]);
-        v[i] = c.swiglu ? static_cast<float>(g / (1.0 + std::exp(-static_cast<double>(g)))) * u : g;
-      }
-      transform(v, c.k, signs);
-      y.insert(y.end(), v.begin(), v.end());
-    }
-    float s = 0.37f;
-    if (c.scaling == RowScale::kDynamic) {
-      float largest = 0.0f;
-      for (const float v : y) largest = std::max(largest, std::fabs(v));
-      s = largest / p.qmax;
-      wrong += std::fabs(scales[r] - s) > 2e-6f * s;
-      s = scales[r];
-    }
-    for (int64_t i = 0; i < c.cols; ++i) {
-      const size_t at = r * c.cols + i;
-      if (c.scaling == RowScale::kNone) {
-        const __nv_bfloat16 expected = __float2bfloat16_rn(y[i]);
-        wrong += std::memcmp(&expected, got.data() + 2 * at, 2) != 0;
-        continue;
-      }
-      const float v = y[i] * (1.0f / s);
-      const int q = static_cast<int>(std::min(std::max(std::nearbyintf(v), p.qmin), p.qmax));
-      const int step = std::abs(q - static_cast<int8_t>(got[at]));
-      if (step == 0) continue;
-      // Levels of SwiGLU may differ at a tie; without it, never.
-      const bool tie = std::fabs(v - std::floor(v) - 0.5f) <= 1e-5f * std::max(1.0f, std::fabs(v));
-      (c.swiglu && step == 1 && tie ? ties : wrong) += 1;
-    }
-  }
-  if (wrong) {
-    std::printf("rows %lld cols %lld block %lld k %d swiglu %d scaling %d flipped %d: %d wrong\n",
+  const Expected expected = expected_of(c, x, up, signs, p.qmax);
+  const Buffer<uint8_t> probe(1);  // aligned as every other buffer
+  p.out = probe.data();
+  int failed = 0;
+  for (const HadamardConfig& config : configs_of(p)) {
+    const Buffer<uint8_t> out(c.scaling == RowScale::kNone ? 2 * count : count);
+    p.out = out.data();
+    launch_hadamard(p, config, nullptr);
+    PQ_CUDA_CHECK(cudaDeviceSynchronize());
+    int ties = 0;
+    const int wrong = wrong_of(c, p, expected, out.host(), row_scale.host(), ties);
+    ++launches;
+    if (wrong == 0 && ties <= 1 + 1e-4 * count) continue;
+    ++failed;
+    std::printf("rows %lld cols %lld block %lld k %d swiglu %d scaling %d flipped %d %s: %d wrong, "
+                "%d at ties\n",
                 static_cast<long long>(c.rows), static_cast<long long>(c.cols),
                 static_cast<long long>(c.block), c.k, c.swiglu, static_cast<int>(c.scaling),
-                c.flipped_signs, wrong);
+                c.flipped_signs, text_of(config).c_str(), wrong, ties);
   }
-  if (ties > 1 + 1e-4 * count) {
-    std::printf("%d of %zu levels differ at ties\n", ties, count);
-    ++wrong;
-  }
-  return wrong;
+  return failed;
 }
 
 constexpr RowScale kNone = RowScale::kNone, kStatic = RowScale::kStatic,
                    kDynamic = RowScale::kDynamic;
 
-int check_all(bool small) {
-  int wrong = 0, cases = 0;
-  const auto run = [&](const Case& c) {
-    for (const int64_t rows : {1, 3, small ? 5 : 300}) {
-      Case d = c;
-      if (rows == 300 && c.cols > 4096) continue;
-      d.rows = rows;
+enum class Size { kFew, kSmall, kLarge };
+
+int check_all(Size size) {
+  int failed = 0, launches = 0;
+  const bool small = size != Size::kLarge, few = size == Size::kFew;
+  const auto run = [&](Case c) {
+    for (const int64_t rows : {1, small ? 3 : 5, 300}) {
+      if (rows == 300 && (small || c.cols > 4096)) continue;
+      if (few && rows > 1 && c.cols > 2048) continue;
+      c.rows = rows;
       for (const RowScale scaling : {kNone, kStatic, kDynamic}) {
-        d.scaling = scaling;
         for (const bool swiglu : {false, true}) {
-          d.swiglu = swiglu;
-          if (scaling == kNone && swiglu) continue;
-          wrong += check(d), ++cases;
+          c.scaling = scaling, c.swiglu = swiglu;
+          if ((scaling == kNone && swiglu) || (few && scaling != kNone && !swiglu)) continue;
+          failed += check(c, launches);
         }
       }
     }
   };
   for (const int64_t block : {1, 2, 4, 8, 64, 256, 512, 1024, 2048, 8192, 16384, 32768}) {
+    if (few && block != 8 && block != 512 && block != 8192 && block != 16384) continue;
     run({0, block * (block < 64 ? 48 : 1), block, 1, false, kNone});
   }
   run({0, 4096, 256, 1, false, kNone});
@@ -164,71 +220,169 @@ int check_all(bool small) {
     if (sums.k == 1) continue;
     for (const int64_t pow2 : {2, 8, 32, 64, 512}) {
       if (sums.k * pow2 > 56000 || (small && pow2 > 64 && sums.k > 28)) continue;
+      if (few && (sums.k % 3 != 1 || pow2 == 32 || pow2 == 2)) continue;
       run({0, sums.k * pow2 * (pow2 < 64 ? 2 : 1), sums.k * pow2, sums.k, false, kNone});
     }
   }
   run({0, 28672, 28672, 28, false, kNone});
   run({0, 28 * 128, 28 * 64, 28, false, kNone, true});
   run({0, 172 * 64, 172 * 64, 172, false, kNone, true});
-  std::printf("%d cases, %d wrong\n", cases, wrong);
-  return wrong;
+  std::printf("%d launches, %d wrong\n", launches, failed);
+  return failed;
 }
 
-void time_case(int64_t rows, int64_t cols, int64_t block, int k, bool swiglu, RowScale scaling,
-               double copy) {
-  const size_t count = rows * cols;
-  const int sources = swiglu ? 2 : 1;
-  const double bytes = (2.0 * sources + (scaling == kNone ? 2 : 1)) * count;
-  const int copies = std::min(64, copies_out_of_l2(static_cast<size_t>(bytes)));
+RowHadamardParams params_of(const Case& c, const __nv_bfloat16* gate_up, void* out,
+                            const int8_t* signs, const float* scale, float* row_scale) {
+  RowHadamardParams p;
+  const int64_t stride = c.swiglu ? 2 * c.cols : c.cols;
+  p.x = gate_up, p.x_stride = stride, p.dtype = RowDtype::kBFloat16;
+  if (c.swiglu) p.up = gate_up + c.cols, p.up_stride = stride;
+  p.out = out, p.scaling = c.scaling, p.scale = scale, p.row_scale = row_scale;
+  p.signs = c.k > 1 ? signs : nullptr;
+  p.block_size = c.block, p.k = c.k, p.rows = c.rows, p.cols = c.cols;
+  return p;
+}
+
+// Microseconds of each configuration, launched back to back on operands out of the L2 cache.
+std::vector<double> time_back_to_back(const Case& c, const std::vector<HadamardConfig>& configs) {
+  const size_t count = c.rows * c.cols, inputs = c.swiglu ? 2 * count : count;
+  const int copies = std::min(64, copies_out_of_l2(2 * inputs + count));
   std::vector<Buffer<__nv_bfloat16>> x;
   std::vector<Buffer<uint8_t>> out;
-  const auto values = to_bf16(normal_rows(std::min<int64_t>(rows, 16), sources * cols, false));
+  const auto values = to_bf16(normal_rows(std::min<int64_t>(c.rows, 16), 2 * c.cols, false));
   for (int i = 0; i < copies; ++i) {
-    x.emplace_back(sources * count), out.emplace_back(2 * count);
+    x.emplace_back(inputs), out.emplace_back(2 * count);
     x[i].repeat(values);
   }
-  const Buffer<int8_t> signs(signs_of(k));
-  const Buffer<float> scale(std::vector<float>{0.37f}), row_scale(rows);
+  const Buffer<int8_t> signs(signs_of(c.k));
+  const Buffer<float> scale(std::vector<float>{0.37f}), row_scale(c.rows);
   PQ_CUDA_CHECK(cudaDeviceSynchronize());
-  const double us = time_us(copies, [&](int i, cudaStream_t stream) {
-    RowHadamardParams p;
-    p.x = x[i].data(), p.x_stride = sources * cols, p.dtype = RowDtype::kBFloat16;
-    if (swiglu) p.up = x[i].data() + cols, p.up_stride = 2 * cols;
-    p.out = out[i].data(), p.scaling = scaling, p.scale = scale.data();
-    p.row_scale = row_scale.data(), p.signs = k > 1 ? signs.data() : nullptr;
-    p.block_size = block, p.k = k, p.rows = rows, p.cols = cols;
-    launch_hadamard(p, stream);
-  });
-  std::printf(
-      "%-8s %-8s %6lld x %6lld block %6lld (k %3d)  %8.2f us  %7.1f GB/s  %5.1f %% of copy\n",
-      swiglu ? "swiglu" : "plain",
-      scaling == kNone     ? "float"
-      : scaling == kStatic ? "static"
-                           : "dynamic",
-      static_cast<long long>(rows), static_cast<long long>(cols), static_cast<long long>(block), k,
-      us, bytes / us * 1e-3, 100.0 * bytes / us * 1e6 / copy);
+  std::vector<double> us;
+  for (const HadamardConfig& config : configs) {
+    us.push_back(time_us(copies, [&](int i, cudaStream_t stream) {
+      launch_hadamard(params_of(c, x[i].data(), out[i].data(), signs.data(), scale.data(),
+                                row_scale.data()),
+                      config, stream);
+    }));
+  }
+  return us;
 }
 
-struct Size {
+// A linear layer of 4-bit weights as a decoder has before and after, three copies of its weights.
+class Linear {
+ public:
+  Linear(int m, int n, int k, const int8_t* x, void* out)
+      : scales_(std::vector<float>(n, 1e-4f)), workspace_(std::vector<uint8_t>(1 << 26, 0)) {
+    const CurrentDevice current;
+    const GemmW4Shape shape{m, n, k, 4, 8};
+    config_ = choose_gemm_w4_config(shape, current.sm_count, current.arch);
+    PQ_REQUIRE(gemm_w4_workspace_bytes(shape, config_) <= workspace_.size(), "workspace");
+    for (int i = 0; i < 3; ++i) weights_.emplace_back(prepacked_bytes(n, k, 4));
+    params_.x = x, params_.x_row_stride = k;
+    params_.weight_scale = params_.input_scale = scales_.data();
+    params_.out = out, params_.out_row_stride = n, params_.out_dtype = GemmDtype::kBFloat16;
+    params_.m = m, params_.n = n, params_.k = k;
+    params_.workspace = workspace_.data(), params_.weight_is_constant = true;
+  }
+  void launch(int i, cudaStream_t stream) const {
+    GemmW4Params p = params_;
+    p.weight = weights_[i].data();
+    launch_gemm_w4(p, config_, stream);
+  }
+
+ private:
+  Buffer<float> scales_;
+  Buffer<uint8_t> workspace_;
+  std::vector<Buffer<uint8_t>> weights_;
+  GemmW4Params params_;
+  GemmW4Config config_;
+};
+
+// What each configuration adds to a layer's gate_up and down projections (hidden size 4096), whose
+// weights pass through the caches in between.
+std::vector<double> time_between(const Case& c, const std::vector<HadamardConfig>& configs) {
+  const int rows = static_cast<int>(c.rows), cols = static_cast<int>(c.cols);
+  const Buffer<int8_t> x(c.rows * 4096), levels(c.rows * c.cols);
+  const Buffer<__nv_bfloat16> gate_up(2 * c.rows * c.cols), y(c.rows * 4096);
+  const Linear up(rows, 2 * cols, 4096, x.data(), gate_up.data());
+  const Linear down(rows, 4096, cols, levels.data(), y.data());
+  const Buffer<int8_t> signs(signs_of(c.k));
+  const Buffer<float> scale(std::vector<float>{0.37f}), row_scale(c.rows);
+  const RowHadamardParams p = params_of(c, gate_up.data(), levels.data(), signs.data(),
+                                        scale.data(), row_scale.data());
+  const auto layer_us = [&](const HadamardConfig* config) {
+    return time_us(3, [&](int i, cudaStream_t stream) {
+      up.launch(i, stream);
+      if (config) launch_hadamard(p, *config, stream);
+      down.launch(i, stream);
+    });
+  };
+  std::vector<double> us;
+  const double without = layer_us(nullptr);
+  for (const HadamardConfig& config : configs) us.push_back(layer_us(&config) - without);
+  return us;
+}
+
+void time_case(Case c, RowScale scaling, bool swiglu, double copy, bool sweep) {
+  c.scaling = scaling, c.swiglu = swiglu;
+  const Buffer<uint8_t> probe(1);  // aligned as every other buffer
+  const auto* any = reinterpret_cast<const __nv_bfloat16*>(probe.data());
+  auto configs = configs_of(params_of(c, any, probe.data(), reinterpret_cast<int8_t*>(probe.data()),
+                                      nullptr, nullptr));
+  if (!sweep) configs.resize(1);
+  const double bytes = (2.0 * (swiglu ? 2 : 1) + (scaling == kNone ? 2 : 1)) * c.rows * c.cols;
+  const auto us = time_back_to_back(c, configs);
+  const bool few = c.rows <= 256 && swiglu && scaling == kStatic && c.cols % 64 == 0;
+  const auto between = few ? time_between(c, configs) : std::vector<double>(configs.size());
+  for (size_t i = 0; i < configs.size(); ++i) {
+    std::printf("%-6s %-7s %5lld x %5lld block %5lld (k %3d)  %8.2f us  %5.1f %% of copy",
+                swiglu ? "swiglu" : "plain",
+                scaling == kNone     ? "float"
+                : scaling == kStatic ? "static"
+                                     : "dynamic",
+                static_cast<long long>(c.rows), static_cast<long long>(c.cols),
+                static_cast<long long>(c.block), c.k, us[i], 100.0 * bytes / us[i] * 1e6 / copy);
+    if (few) std::printf("  adds %6.2f us", between[i]);
+    std::printf("  %s\n", text_of(configs[i]).c_str());
+  }
+  std::fflush(stdout);
+}
+
+struct Block {
   int64_t block;
   int k;
 };
-constexpr Size kSizes[] = {{1536, 12},  {4864, 76},   {8192, 1},    {8960, 140},
-                           {9728, 76},  {11008, 172}, {12288, 12},  {13824, 108},
-                           {14336, 28}, {18944, 148}, {27648, 108}, {28672, 28}};
+constexpr Block kBlocks[] = {{1536, 12},  {4864, 76},   {8192, 1},    {8960, 140},
+                             {9728, 76},  {11008, 172}, {12288, 12},  {13824, 108},
+                             {14336, 28}, {18944, 148}, {27648, 108}, {28672, 28}};
 
 void time_all() {
   const double copy = copy_bandwidth();
   std::printf("device copy: %.3f TB/s\n", copy * 1e-12);
-  for (const Size& s : kSizes) {
-    for (const int64_t rows : {1, 16, 4096}) {
-      time_case(rows, s.block, s.block, s.k, true, kStatic, copy);
-      if (rows == 4096 || s.k == 28) time_case(rows, s.block, s.block, s.k, true, kDynamic, copy);
-    }
-    time_case(4096, s.block, s.block, s.k, false, kNone, copy);
+  for (const Block& b : kBlocks) {
+    const auto run = [&](int64_t rows, RowScale scaling, bool swiglu) {
+      time_case({rows, b.block, b.block, b.k, swiglu, scaling}, scaling, swiglu, copy, false);
+    };
+    for (const int64_t rows : {1, 16, 64, 256, 4096, 16384}) run(rows, kStatic, true);
+    for (const int64_t rows : {1, 4096}) run(rows, kDynamic, true);
+    run(4096, kNone, false);
   }
   for (const int64_t block : {1, 128, 256, 512, 1024}) {
-    for (const int64_t rows : {1, 4096}) time_case(rows, 14336, block, 1, true, kStatic, copy);
+    for (const int64_t rows : {1, 4096}) {
+      time_case({rows, 14336, block, 1, true, kStatic}, kStatic, true, copy, false);
+    }
+  }
+}
+
+void time_sweep(const std::vector<int64_t>& rows_list) {
+  const double copy = copy_bandwidth();
+  std::printf("device copy: %.3f TB/s\n", copy * 1e-12);
+  for (const Block& b :
+       {Block{14336, 28}, {28672, 28}, {8192, 1}, {1536, 12}, {5120, 20}, {9216, 36}, {7680, 60},
+        {4864, 76}, {13824, 108}, {8960, 140}, {18944, 148}, {11008, 172}}) {
+    for (const int64_t rows : rows_list) {
+      time_case({rows, b.block, b.block, b.k, true, kStatic}, kStatic, true, copy, true);
+    }
   }
 }
 
@@ -238,9 +392,18 @@ void time_all() {
 int main(int argc, char** argv) try {
   using namespace prefixquant::bench;
   const std::string mode = argc > 1 ? argv[1] : "";
-  const int wrong = mode == "time" ? 0 : check_all(mode == "check");
-  if (wrong) return 1;
-  if (mode != "check") time_all();
+  if (mode == "sweep") {
+    std::vector<int64_t> rows;
+    for (int i = 2; i < argc; ++i) rows.push_back(std::stoll(argv[i]));
+    if (rows.empty()) rows = {1, 16, 64, 256, 1024, 4096};
+    time_sweep(rows);
+    return 0;
+  }
+  if (mode != "time" &&
+      check_all(mode == "few" ? Size::kFew : mode == "check" ? Size::kSmall : Size::kLarge)) {
+    return 1;
+  }
+  if (mode.empty() || mode == "time") time_all();
   return 0;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "%s\n", error.what());

@@ -1,17 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "prefixquant/hadamard.cuh"
 
+#include <algorithm>
 #include <cmath>
 
+#include "prefixquant/hadamard_cluster.cuh"
 #include "prefixquant/hadamard_generic.cuh"
 #include "prefixquant/launch.h"
 
 namespace prefixquant {
 namespace {
-
-bool aligned(const void* pointer, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % 8 == 0;
-}
 
 int log2_of(int64_t power_of_two) {
   int result = 0;
@@ -43,8 +41,6 @@ HadamardArgs make_args(const RowHadamardParams& p, const HadamardConfig& config)
   const int64_t pow2 = p.block_size / p.k;
   a.segment = static_cast<int>(pow2 < kMaxSegment ? pow2 : kMaxSegment);
   a.log2_segment = log2_of(a.segment);
-  a.log2_width = a.log2_segment - log2_of(config.cluster);
-  a.cluster = config.cluster;
   a.group = config.group;
   a.blocks = p.rows * (p.cols / p.block_size);
   a.blocks_per_row = FastDivisor(static_cast<uint32_t>(p.cols / p.block_size));
@@ -113,10 +109,56 @@ void launch_sums(const RowHadamardParams& p, const HadamardConfig& config, int a
   PQ_REQUIRE(kernel, "hadamard: no kernel is compiled for block_size " << p.block_size);
   LaunchShape shape;
   shape.grid = config.grid;
-  shape.block = kHadamardThreads;
+  shape.block = config.threads;
+  shape.smem = config.smem_bytes;
+  launch_dependent(kernel, shape, arch, stream, a);
+}
+
+HadamardClusterKernel cluster_kernel(const RowHadamardParams& p) {
+  if (p.k == 1) return hadamard_cluster_instance<0>();
+  switch (p.block_size / p.k / kHadamardTile) {
+    case 2:
+      return hadamard_cluster_instance<2>();
+    case 4:
+      return hadamard_cluster_instance<4>();
+    default:
+      return hadamard_cluster_instance<1>();
+  }
+}
+
+void launch_cluster(const RowHadamardParams& p, const HadamardConfig& config, int arch,
+                    cudaStream_t stream) {
+  HadamardClusterArgs a{};
+  a.x = static_cast<const uint16_t*>(p.x);
+  a.up = static_cast<const uint16_t*>(p.up);
+  a.x_stride = p.x_stride;
+  a.up_stride = p.up_stride;
+  a.out = p.out;
+  a.scaling = p.scaling;
+  a.scale = p.scale;
+  a.row_scale = p.row_scale;
+  a.qmin = p.qmin;
+  a.qmax = p.qmax;
+  a.norm = norm_of(p);
+  a.signs = p.signs;
+  a.is_bfloat16 = p.dtype == RowDtype::kBFloat16;
+  a.block_size = static_cast<int>(p.block_size);
+  a.k = static_cast<int>(p.k);
+  a.pow2 = a.block_size / a.k;
+  const int width = std::min(a.pow2, kHadamardTile);
+  a.log2_width = log2_of(width);
+  a.log2_cluster = log2_of(config.cluster);
+  a.log2_owned = a.log2_width - a.log2_cluster;
+  a.log2_rows = log2_of(a.pow2 / width);
+  a.blocks_per_row = FastDivisor(static_cast<uint32_t>(p.cols / p.block_size));
+  a.pick_vectors = FastDivisor(static_cast<uint32_t>((a.k + 15) / 16));
+  a.smem = plan_hadamard_cluster_smem(p.block_size, p.k, config.cluster);
+  LaunchShape shape;
+  shape.grid = config.grid;
+  shape.block = kHadamardClusterThreads;
   shape.smem = config.smem_bytes;
   shape.cluster = config.cluster;
-  launch_dependent(kernel, shape, arch, stream, a);
+  launch_dependent(cluster_kernel(p), shape, arch, stream, a);
 }
 
 template <typename T>
@@ -141,32 +183,38 @@ void launch_hadamard(const RowHadamardParams& p, cudaStream_t stream) {
   if (p.rows == 0) return;
   const CurrentDevice current;
   const HadamardDevice device{current.arch, current.sm_count, current.smem_limit};
-  const bool vectors = p.cols % 8 == 0 && aligned(p.x, p.x_stride) &&
-                       (!p.up || aligned(p.up, p.up_stride)) && aligned(p.out, 0) &&
-                       reinterpret_cast<uintptr_t>(p.signs) % 4 == 0 && p.cols < (1 << 30);
-  const HadamardConfig config = choose_hadamard_config(p, vectors, device);
+  const HadamardConfig config = choose_hadamard_config(p, hadamard_vectors(p), device);
   PQ_REQUIRE(config.smem_bytes + 512 <= device.smem_limit,
              "hadamard: block_size: expected at most "
                  << (device.smem_limit - 512) / 4
                  << " elements that meet in the shared memory of this device"
                  << (p.scaling == RowScale::kDynamic ? " (a whole row for dynamic scales)" : "")
                  << ", got " << config.smem_bytes / 4);
-  PQ_REQUIRE(config.grid <= 0x7FFFFFFF, "hadamard: x: expected fewer than 2^31 blocks");
+  launch_hadamard(p, config, stream);
+}
+
+void launch_hadamard(const RowHadamardParams& p, const HadamardConfig& config,
+                     cudaStream_t stream) {
+  PQ_REQUIRE(config.grid > 0 && config.grid <= 0x7FFFFFFF,
+             "hadamard: x: expected fewer than 2^31 blocks");
+  const int arch = CurrentDevice().arch;
   switch (config.kernel) {
     case HadamardKernel::kRegisters:
-      return launch_registers(p, config, current.arch, stream);
+      return launch_registers(p, config, arch, stream);
     case HadamardKernel::kSums:
-      return launch_sums(p, config, current.arch, stream);
+      return launch_sums(p, config, arch, stream);
+    case HadamardKernel::kCluster:
+      return launch_cluster(p, config, arch, stream);
     case HadamardKernel::kGeneric:
       break;
   }
   switch (p.dtype) {
     case RowDtype::kFloat32:
-      return launch_generic<float>(p, config, current.arch, stream);
+      return launch_generic<float>(p, config, arch, stream);
     case RowDtype::kBFloat16:
-      return launch_generic<__nv_bfloat16>(p, config, current.arch, stream);
+      return launch_generic<__nv_bfloat16>(p, config, arch, stream);
     case RowDtype::kFloat16:
-      return launch_generic<__half>(p, config, current.arch, stream);
+      return launch_generic<__half>(p, config, arch, stream);
   }
 }
 

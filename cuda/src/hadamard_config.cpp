@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <cstdint>
 
 #include "prefixquant/check.h"
 #include "prefixquant/hadamard.h"
@@ -9,6 +10,7 @@ namespace prefixquant {
 namespace {
 
 constexpr int64_t kSegment = 1024;       // kMaxSegment of hadamard_tile.cuh
+constexpr int64_t kTile = 256;           // of hadamard_cluster.cuh
 constexpr int64_t kMaxInputs = 32;       // Butterflies<F>
 constexpr int64_t kThreads = 256;        // of a CTA
 constexpr int64_t kStaticSmem = 512;     // an upper bound of what the kernels have besides
@@ -19,18 +21,22 @@ constexpr int64_t kReservedSmem = 1024;  // of every CTA, by the system
 int64_t choose_group(int64_t block, int64_t segment, int64_t blocks, const HadamardSums& sums,
                      const HadamardDevice& device) {
   const int64_t columns = sums.columns * kThreads / sums.parts;
-  const int64_t wanted = std::max((columns + segment - 1) / segment, (12288 + block - 1) / block);
-  const int64_t fits = std::max<int64_t>(1, 57344 / (4 * block));
+  int64_t wanted = std::max((columns + segment - 1) / segment, (12288 + block - 1) / block);
+  // All in one wave rather than a few in a second: 4096 x 1536 in 19.9 instead of 22.3 us.
+  const int64_t wave = sums.ctas_per_sm * device.sm_count, one_wave = (blocks + wave - 1) / wave;
+  if (one_wave <= wanted * 3 / 2) wanted = std::max(wanted, one_wave);
+  const int64_t fits = std::max<int64_t>(1, 73728 / (4 * block));
   const int64_t shared_out = std::max<int64_t>(1, blocks / (2 * device.sm_count));
   return std::max<int64_t>(1, std::min({wanted, fits, shared_out}));
 }
 
-// CTAs that share a block where blocks are few: one segment or part of one a warp.
-int choose_cluster(int64_t block, int64_t segment, int64_t blocks, const HadamardDevice& device) {
+// CTAs that share a block: about one output of four columns a thread, work for all SMs.
+int choose_cluster(const RowHadamardParams& p, const HadamardDevice& device) {
   if (device.arch < 90) return 1;
-  const int64_t tiles = block / (segment > 512 ? 1024 : 512);
+  const int64_t width = std::min(p.block_size / p.k, kTile);
+  const int64_t blocks = p.rows * (p.cols / p.block_size);
   int cluster = 1;
-  while (cluster < 8 && cluster * kThreads / 32 < tiles && segment / (2 * cluster) >= 16 &&
+  while (cluster < 8 && p.block_size / cluster > 512 && width / (2 * cluster) >= 8 &&
          blocks * 2 * cluster <= device.sm_count) {
     cluster *= 2;
   }
@@ -64,42 +70,113 @@ const HadamardSums* find_hadamard_sums(int64_t k) {
   return nullptr;
 }
 
-HadamardConfig choose_hadamard_config(const RowHadamardParams& p, bool vectors,
-                                      const HadamardDevice& device) {
+bool hadamard_vectors(const RowHadamardParams& p) {
+  const auto aligned = [](const void* pointer, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride % 8 == 0;
+  };
+  return p.cols % 8 == 0 && aligned(p.x, p.x_stride) && (!p.up || aligned(p.up, p.up_stride)) &&
+         aligned(p.out, 0) && aligned(p.signs, 0) && p.cols < (1 << 30);
+}
+
+HadamardConfig hadamard_registers_config(const RowHadamardParams& p, bool vectors) {
+  HadamardConfig config;
+  config.kernel = HadamardKernel::kRegisters;
+  config.grid = 0;
+  if (vectors && p.dtype != RowDtype::kFloat32 && p.k == 1 && p.block_size <= kSegment &&
+      p.scaling != RowScale::kDynamic) {
+    const int64_t tiles = p.rows * ((p.cols + kSegment - 1) / kSegment);
+    config.grid = (tiles + kThreads / 32 - 1) / (kThreads / 32);
+  }
+  return config;
+}
+
+HadamardConfig hadamard_sums_config(const RowHadamardParams& p, bool vectors,
+                                    const HadamardDevice& device) {
+  HadamardConfig config;
+  config.kernel = HadamardKernel::kSums;
+  config.grid = 0;
   const int64_t block = p.block_size, pow2 = block / p.k, segment = std::min(pow2, kSegment);
   const int64_t inputs = block / segment, blocks_per_row = p.cols / block;
   const int64_t blocks = p.rows * blocks_per_row;
-  const bool dynamic = p.scaling == RowScale::kDynamic;
-  const bool halves = vectors && p.dtype != RowDtype::kFloat32;
-  HadamardConfig config;
-  if (halves && p.k == 1 && pow2 <= kSegment && !dynamic) {
-    config.kernel = HadamardKernel::kRegisters;
-    const int64_t tiles = p.rows * ((p.cols + kSegment - 1) / kSegment);
-    config.grid = (tiles + kThreads / 32 - 1) / (kThreads / 32);
-    return config;
-  }
   const HadamardSums* sums = find_hadamard_sums(p.k);
   const bool compiled = sums && (p.k > 1 ? inputs == p.k : inputs <= kMaxInputs);
-  const int64_t group = dynamic    ? blocks_per_row
-                        : compiled ? choose_group(block, segment, blocks, *sums, device)
-                                   : 1;
-  const int64_t smem = group * block * 4;
-  if (halves && compiled && segment >= 8 && smem + kStaticSmem <= device.smem_limit) {
-    config.kernel = HadamardKernel::kSums;
-    config.group = static_cast<int>(group);
-    config.cluster = group == 1 ? choose_cluster(block, segment, blocks, device) : 1;
-    config.smem_bytes = (smem / config.cluster + 255) / 256 * 256;
-    const int64_t groups = (blocks + group - 1) / group;
-    const int64_t by_smem =
-        (device.smem_limit + kReservedSmem) / (config.smem_bytes + kStaticSmem / 2 + kReservedSmem);
-    const int64_t ctas = std::max<int64_t>(1, std::min<int64_t>(by_smem, sums->ctas_per_sm));
-    config.grid = config.cluster > 1 ? groups * config.cluster
-                                     : std::min<int64_t>(groups, ctas * device.sm_count);
+  if (!vectors || p.dtype == RowDtype::kFloat32 || !compiled || segment < 8) return config;
+  const bool dynamic = p.scaling == RowScale::kDynamic;
+  const int64_t group =
+      dynamic ? blocks_per_row : choose_group(block, segment, blocks, *sums, device);
+  const int64_t smem = (group * block * 4 + 255) / 256 * 256;
+  if (smem + kStaticSmem > device.smem_limit) return config;
+  config.group = static_cast<int>(group);
+  config.smem_bytes = smem;
+  const int64_t by_smem =
+      (device.smem_limit + kReservedSmem) / (smem + kStaticSmem / 2 + kReservedSmem);
+  const int64_t ctas = std::max<int64_t>(1, std::min<int64_t>(by_smem, sums->ctas_per_sm));
+  const int64_t groups = (blocks + group - 1) / group;
+  config.grid = std::min<int64_t>(groups, ctas * device.sm_count);
+  if (ctas < 3 || groups <= 2 * device.sm_count) {
+    config.threads = hadamard_sums_threads(sums->ctas_per_sm);
+  }
+  return config;
+}
+
+HadamardClusterSmem plan_hadamard_cluster_smem(int64_t block_size, int64_t k, int cluster) {
+  const int pow2 = static_cast<int>(block_size / k), width = std::min<int>(pow2, kTile);
+  const int rows = pow2 / width, owned = width / cluster, groups = static_cast<int>(k) / 4;
+  HadamardClusterSmem smem;
+  smem.row_stride = owned;
+  if (k == 1) {
+    smem.row_stride += 4;  // lanes are rows: their 16 bytes in other banks
+    smem.log2_group_rows = 31;
+    smem.bytes = 4 * rows * smem.row_stride;
+    return smem;
+  }
+  // A warp that takes columns of several groups finds them in other banks.
+  smem.pad = owned < 32 ? owned : 0;
+  for (smem.log2_group_rows = 2; 1 << smem.log2_group_rows < 4 * rows;) ++smem.log2_group_rows;
+  smem.table_at = 4 * groups * (4 * rows * owned + smem.pad);
+  smem.picks_at = smem.table_at + 4 * groups * (8 * rows * owned + smem.pad);
+  smem.picks_row = (groups + 3) / 4 * 4;
+  smem.bytes = smem.picks_at + 2 * static_cast<int>(k) * smem.picks_row;
+  return smem;
+}
+
+HadamardConfig hadamard_cluster_config(const RowHadamardParams& p, bool vectors,
+                                       const HadamardDevice& device, int cluster) {
+  HadamardConfig config;
+  config.kernel = HadamardKernel::kCluster;
+  config.cluster = cluster;
+  config.grid = 0;
+  const int64_t pow2 = p.block_size / p.k, width = std::min<int64_t>(pow2, kTile);
+  const int64_t parts = pow2 / width, blocks = p.rows * (p.cols / p.block_size);
+  const bool shape = p.k > 1 ? parts <= 4 : parts >= 2;
+  const bool whole_row = p.scaling != RowScale::kDynamic || p.cols == p.block_size;
+  if (!vectors || p.dtype == RowDtype::kFloat32 || !shape || !whole_row || width % 8 != 0 ||
+      width < 8 * cluster || (cluster > 1 && device.arch < 90) || p.block_size > (1 << 20) ||
+      blocks > 0x7FFFFFF0 / cluster) {
     return config;
   }
-  config.group = static_cast<int>(dynamic ? blocks_per_row : 1);
-  config.smem_bytes = config.group * block * 4;
-  config.grid = (blocks + config.group - 1) / config.group;
+  const HadamardClusterSmem smem = plan_hadamard_cluster_smem(p.block_size, p.k, cluster);
+  if (smem.bytes + kStaticSmem > device.smem_limit) return config;
+  config.smem_bytes = smem.bytes;
+  config.grid = blocks * cluster;
+  return config;
+}
+
+HadamardConfig choose_hadamard_config(const RowHadamardParams& p, bool vectors,
+                                      const HadamardDevice& device) {
+  HadamardConfig config = hadamard_registers_config(p, vectors);
+  if (config.grid > 0) return config;
+  config = hadamard_cluster_config(p, vectors, device, choose_cluster(p, device));
+  const HadamardConfig sums = hadamard_sums_config(p, vectors, device);
+  const auto few = [&] {
+    return p.rows * p.cols <= int64_t{1000} * find_hadamard_sums(p.k)->few * device.sm_count / 132;
+  };
+  if (config.grid > 0 && (sums.grid == 0 || few())) return config;
+  if (sums.grid > 0) return sums;
+  config = HadamardConfig();
+  config.group = p.scaling == RowScale::kDynamic ? static_cast<int>(p.cols / p.block_size) : 1;
+  config.smem_bytes = config.group * p.block_size * 4;
+  config.grid = (p.rows * (p.cols / p.block_size) + config.group - 1) / config.group;
   return config;
 }
 

@@ -9,14 +9,11 @@
 //     (hadamard_tile.cuh) and put them into shared memory as float32; after a barrier threads take
 //     columns, `inputs` values at distance `segment` (hadamard_sums.cuh), and write the results of
 //     neighbouring columns side by side.
-// Grid: persistent CTAs of 256 threads that walk over the groups; for a few blocks a cluster shares
-//   one: each CTA transforms its part of the segments and sends every column to the CTA that owns
-//   it (distributed shared memory).
-// Smem: 4 bytes an element of the group (of the owned columns in a cluster). Vectors of 8 floats
-// are
-//   split in two halves, all first halves before all second ones: consecutive lanes then store
-//   consecutive 16 bytes. The second halves are shifted by 64 bytes within 128, so that a column
-//   read finds the two halves in different banks.
+// Grid: persistent CTAs of 256 or 384 threads that walk over the groups.
+// Smem: 4 bytes an element of the group. Vectors of 8 floats are split in two halves, all first
+//   halves before all second ones: consecutive lanes then store consecutive 16 bytes. The second
+//   halves are shifted by 64 bytes within 128, so that a column read finds the two halves in
+//   different banks.
 // Limits: 8 divides the segment and cols, rows start at multiples of 16 bytes.
 #pragma once
 
@@ -30,6 +27,8 @@
 
 namespace prefixquant {
 
+// Of a CTA, at least: hadamard_sums_kernel has half as many again where two CTAs an SM are all that
+// fit.
 inline constexpr int kHadamardThreads = 256;
 
 // Kernel arguments; see RowHadamardParams for the pointers.
@@ -49,8 +48,6 @@ struct HadamardArgs {
   int block_size;
   int segment;
   int log2_segment;
-  int log2_width;  // columns of a segment that a CTA owns: segment / cluster
-  int cluster;
   int group;
   int64_t blocks;  // of all rows
   FastDivisor blocks_per_row;
@@ -67,53 +64,17 @@ __device__ __forceinline__ float4* column_smem() {
 
 struct ColumnStorage {
   uint32_t vectors;   // of 8 floats, rounded up to 8
-  uint32_t half_xor;  // 4: second halves are shifted; 0 where a segment's part is too short for it
+  uint32_t half_xor;  // 4: second halves are shifted; 0 where a segment is too short for it
 
   __device__ __forceinline__ explicit ColumnStorage(const HadamardArgs& p) {
-    const int elements = (p.group * p.block_size) / p.cluster;
-    vectors = (elements / 8 + 7) / 8 * 8;
-    half_xor = p.log2_width >= 6 ? 4 : 0;
+    vectors = (p.group * p.block_size / 8 + 7) / 8 * 8;
+    half_xor = p.log2_segment >= 6 ? 4 : 0;
   }
   // Index in column_smem() of the first (0) or second (1) half of a vector.
   __device__ __forceinline__ uint32_t half(uint32_t vector, uint32_t which) const {
     return which * vectors + (vector ^ (which * half_xor));
   }
 };
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank = 0;
-#if __CUDA_ARCH__ >= 900
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  return rank;
-}
-
-__device__ __forceinline__ void cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-#endif
-}
-
-// Stores to the same address of CTA `rank`.
-__device__ __forceinline__ void store_to_rank(float4* local, uint32_t rank, const float4& v) {
-#if __CUDA_ARCH__ >= 900
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
-  uint32_t remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "f"(v.x),
-               "f"(v.y), "f"(v.z), "f"(v.w)
-               : "memory");
-#endif
-}
-
-__device__ __forceinline__ void store_to_rank(uint32_t* local, uint32_t rank, uint32_t v) {
-#if __CUDA_ARCH__ >= 900
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
-  uint32_t remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote), "r"(v) : "memory");
-#endif
-}
 
 // ---- first half: segments ----
 
@@ -138,36 +99,21 @@ __device__ __forceinline__ longlong2 vector_offset(const HadamardArgs& p, const 
   return {row * p.x_stride + column, row * p.up_stride + column};
 }
 
-// Stores vector `flat` of the group where its columns are summed.
-__device__ __forceinline__ void store_vector(const float (&v)[8], const HadamardArgs& p,
-                                             const ColumnStorage& storage, uint32_t flat) {
-  const float4 low = make_float4(v[0], v[1], v[2], v[3]);
-  const float4 high = make_float4(v[4], v[5], v[6], v[7]);
-  if (p.cluster == 1) {
-    column_smem()[storage.half(flat, 0)] = low;
-    column_smem()[storage.half(flat, 1)] = high;
-  } else {
-    const int log2_segment_vectors = p.log2_segment - 3, log2_width_vectors = p.log2_width - 3;
-    const uint32_t column = flat & ((1u << log2_segment_vectors) - 1);
-    const uint32_t owner = column >> log2_width_vectors;
-    const uint32_t there = ((flat >> log2_segment_vectors) << log2_width_vectors) |
-                           (column & ((1u << log2_width_vectors) - 1));
-    store_to_rank(column_smem() + storage.half(there, 0), owner, low);
-    store_to_rank(column_smem() + storage.half(there, 1), owner, high);
-  }
+__device__ __forceinline__ void store_vector(const float (&v)[8], const ColumnStorage& storage,
+                                             uint32_t flat) {
+  column_smem()[storage.half(flat, 0)] = make_float4(v[0], v[1], v[2], v[3]);
+  column_smem()[storage.half(flat, 1)] = make_float4(v[4], v[5], v[6], v[7]);
 }
 
 // kWhole: a segment is a tile, so that a tile lies in one block and is never cut.
 template <bool kSwiglu, int kVectors, bool kWhole>
 __device__ __forceinline__ void transform_segments(const HadamardArgs& p,
                                                    const ColumnStorage& storage,
-                                                   const GroupOrigin& origin, uint32_t blocks,
-                                                   uint32_t rank) {
+                                                   const GroupOrigin& origin, uint32_t blocks) {
   const uint32_t count = blocks * p.vectors_per_block.divisor;
   const int lane = threadIdx.x % 32;
-  const uint32_t warp = rank * (kHadamardThreads / 32) + threadIdx.x / 32;
-  const uint32_t step = p.cluster * kHadamardThreads * kVectors;
-  for (uint32_t tile = warp * 32 * kVectors; tile < count; tile += step) {
+  const uint32_t step = blockDim.x * kVectors;
+  for (uint32_t tile = threadIdx.x / 32 * 32 * kVectors; tile < count; tile += step) {
     RawTile<kSwiglu, kVectors> raw;
     if constexpr (kWhole) {
       const longlong2 at = vector_offset(p, origin, tile);
@@ -192,7 +138,7 @@ __device__ __forceinline__ void transform_segments(const HadamardArgs& p,
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const uint32_t flat = tile + 32 * i + lane;
-      if (kWhole || flat < count) store_vector(v[i], p, storage, flat);
+      if (kWhole || flat < count) store_vector(v[i], storage, flat);
     }
   }
 }
@@ -200,41 +146,67 @@ __device__ __forceinline__ void transform_segments(const HadamardArgs& p,
 template <bool kSwiglu>
 __device__ __forceinline__ void transform_segments(const HadamardArgs& p,
                                                    const ColumnStorage& storage,
-                                                   const GroupOrigin& origin, uint32_t blocks,
-                                                   uint32_t rank) {
+                                                   const GroupOrigin& origin, uint32_t blocks) {
   if (p.segment == 1024) {
-    transform_segments<kSwiglu, 4, true>(p, storage, origin, blocks, rank);
+    transform_segments<kSwiglu, 4, true>(p, storage, origin, blocks);
   } else if (p.segment == 512) {
-    transform_segments<kSwiglu, 2, true>(p, storage, origin, blocks, rank);
+    transform_segments<kSwiglu, 2, true>(p, storage, origin, blocks);
   } else {
-    transform_segments<kSwiglu, 2, false>(p, storage, origin, blocks, rank);
+    transform_segments<kSwiglu, 2, false>(p, storage, origin, blocks);
   }
+}
+
+// Asks for the inputs of a group's blocks in the L2 cache; one lane a block.
+__device__ __forceinline__ void prefetch_group(const HadamardArgs& p, int64_t first) {
+#if __CUDA_ARCH__ >= 900
+  const int64_t block = first + threadIdx.x;
+  if (threadIdx.x >= p.group || block >= p.blocks) return;
+  const int64_t row = block / p.blocks_per_row.divisor;
+  const int64_t column = block % p.blocks_per_row.divisor * p.block_size;
+  const uint32_t bytes = 2 * p.block_size;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.x + row * p.x_stride + column),
+               "r"(bytes)
+               : "memory");
+  if (!p.up) return;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.up + row * p.up_stride +
+                                                                  column),
+               "r"(bytes)
+               : "memory");
+#endif
 }
 
 // ---- second half: columns ----
 
-// The matrix as it lies in memory, four signs a word.
+// Word i of the matrix as it lies in memory, four signs a word.
 template <int K>
-struct SignWords {
-  uint32_t words[K * K / 4] = {};
-  constexpr SignWords() {
-    for (int i = 0; i < K * K; ++i) {
-      const uint32_t byte = kSignMatrix<K>.minus[i / K][i % K] ? 0xFF : 0x01;
-      words[i / 4] |= byte << (8 * (i % 4));
-    }
+constexpr uint32_t sign_word(int i) {
+  uint32_t word = 0;
+  for (int b = 0; b < 4; ++b) {
+    word |= (kSignMatrix<K>.minus[4 * i / K][4 * i % K + b] ? 0xFFu : 0x01u) << (8 * b);
   }
+  return word;
+}
+
+// NOTES: every word is a constant expression of its own. A table that a constexpr constructor fills
+// in a loop compiles without a warning and is all zeros on the device.
+template <int K, typename Indices = std::make_integer_sequence<int, K * K / 4>>
+struct SignWords;
+template <int K, int... I>
+struct SignWords<K, std::integer_sequence<int, I...>> {
+  uint32_t words[K * K / 4] = {std::integral_constant<uint32_t, sign_word<K>(I)>::value...};
 };
+template <int K>
+__device__ const SignWords<K> kExpectedSigns;
 
 // The signs are those that the kernel was compiled for. All threads of the block.
 template <int K>
 __device__ __forceinline__ bool signs_match(const int8_t* signs) {
   bool same = true;
   if constexpr (K > 1) {
-    static constexpr SignWords<K> kExpected;
     const uint32_t* given = reinterpret_cast<const uint32_t*>(signs);
 #pragma unroll 8
-    for (int i = threadIdx.x; i < K * K / 4; i += kHadamardThreads) {
-      same = same && given[i] == kExpected.words[i];
+    for (int i = threadIdx.x; i < K * K / 4; i += blockDim.x) {
+      same = same && given[i] == kExpectedSigns<K>.words[i];
     }
   }
   return __syncthreads_and(same);
@@ -334,19 +306,18 @@ __device__ void sum_with_given_signs(float (&acc)[Sums::kColumns][Sums::kOutputs
 // the results are stored.
 template <typename Sums, int PART>
 __device__ __forceinline__ void finish_columns(const HadamardArgs& p, const ColumnStorage& storage,
-                                               int64_t first_block, uint32_t blocks, uint32_t rank,
+                                               int64_t first_block, uint32_t blocks,
                                                const Quantizer& quantizer, bool compiled_signs,
                                                bool maximum, uint32_t& largest) {
   constexpr int kColumns = Sums::kColumns;
-  constexpr uint32_t kStep = kHadamardThreads / Sums::kParts * kColumns;
-  const uint32_t columns = blocks << p.log2_width, width = 1u << p.log2_width;
+  const uint32_t step = blockDim.x / Sums::kParts * kColumns;
+  const uint32_t columns = blocks << p.log2_segment, width = p.segment;
   const uint32_t warp = threadIdx.x / 32 / Sums::kParts;
   const int64_t first_element = first_block * p.block_size;
-  for (uint32_t c = (warp * 32 + threadIdx.x % 32) * kColumns; c < columns; c += kStep) {
-    const uint32_t u = c >> p.log2_width, column = c & (width - 1);
-    const uint32_t first = ((u * Sums::kInputs) << p.log2_width) + column;
-    // Where half_xor is not 0, a segment's part is a multiple of 8 vectors and steps keep the
-    // shift.
+  for (uint32_t c = (warp * 32 + threadIdx.x % 32) * kColumns; c < columns; c += step) {
+    const uint32_t u = c >> p.log2_segment, column = c & (width - 1);
+    const uint32_t first = ((u * Sums::kInputs) << p.log2_segment) + column;
+    // Where half_xor is not 0, a segment is a multiple of 8 vectors and steps keep the shift.
     const uint32_t start = 4 * storage.half(first / 8, first / 4 % 2) + first % 4;
     uint32_t from = start;
     auto load = [&](int n, float (&x)[kColumns]) {
@@ -375,8 +346,7 @@ __device__ __forceinline__ void finish_columns(const HadamardArgs& p, const Colu
         y[k][i] = Sums::K > 1 ? __fmaf_rn(y[k][i], p.norm, 0.0f) : __fmul_rn(y[k][i], p.norm);
       }
     }
-    const uint32_t at =
-        u * p.block_size + rank * width + column + PART * Sums::kOutputs * p.segment;
+    const uint32_t at = u * p.block_size + column + PART * Sums::kOutputs * p.segment;
     if (maximum) {
 #pragma unroll
       for (int i = 0; i < Sums::kOutputs; ++i) {
@@ -403,53 +373,42 @@ __device__ __forceinline__ void finish_part(Arguments&&... arguments) {
 }
 
 template <typename Sums, int kCtasPerSm>
-__global__ void __launch_bounds__(kHadamardThreads, kCtasPerSm)
+__global__ void __launch_bounds__(hadamard_sums_threads(kCtasPerSm),
+                                  kCtasPerSm * kHadamardThreads /
+                                      hadamard_sums_threads(kCtasPerSm))
     hadamard_sums_kernel(const HadamardArgs p) {
-  __shared__ uint32_t maxima[32], cluster_maxima[8];
+  __shared__ uint32_t maxima[32];
   const ColumnStorage storage(p);
-  const uint32_t rank = p.cluster > 1 ? cluster_rank() : 0;
   grid_dependency_launch();
   const bool compiled_signs = signs_match<Sums::K>(p.signs);
-  // Nobody writes into a CTA that has not started.
-  if (p.cluster > 1) cluster_barrier();
   grid_dependency_wait();
 
-  const int64_t clusters = gridDim.x / p.cluster;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x / p.cluster) * p.group; first < p.blocks;
-       first += clusters * p.group) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * p.group;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * p.group; first < p.blocks;
+       first += step) {
     const uint32_t blocks =
         static_cast<uint32_t>(min(static_cast<int64_t>(p.group), p.blocks - first));
     const GroupOrigin origin{first / p.blocks_per_row.divisor,
                              static_cast<uint32_t>(first % p.blocks_per_row.divisor)};
     if (p.up) {
-      transform_segments<true>(p, storage, origin, blocks, rank);
+      transform_segments<true>(p, storage, origin, blocks);
     } else {
-      transform_segments<false>(p, storage, origin, blocks, rank);
+      transform_segments<false>(p, storage, origin, blocks);
     }
-    if (p.cluster > 1) {
-      cluster_barrier();
-    } else {
-      __syncthreads();
-    }
+    __syncthreads();
+    prefetch_group(p, first + step);
 
     Quantizer quantizer{1.0f, p.qmin, p.qmax};
     if (p.scaling == RowScale::kStatic) quantizer.inv_scale = __fdiv_rn(1.0f, *p.scale);
     uint32_t largest = 0;
     // Dynamic scales: the sums once for the largest magnitude, once more for the levels.
     for (bool maximum = p.scaling == RowScale::kDynamic;; maximum = false) {
-      finish_part<Sums>(p, storage, first, blocks, rank, quantizer, compiled_signs, maximum,
+      finish_part<Sums>(p, storage, first, blocks, quantizer, compiled_signs, maximum,
                         largest);
       if (!maximum) break;
       largest = block_max(largest, maxima);
-      if (p.cluster > 1) {
-        if (threadIdx.x < p.cluster) {
-          store_to_rank(cluster_maxima + rank, threadIdx.x, largest);
-        }
-        cluster_barrier();
-        for (int r = 0; r < p.cluster; ++r) largest = max(largest, cluster_maxima[r]);
-      }
       const float scale = dynamic_scale(__uint_as_float(largest), p.qmax, 1.0f);
-      if (threadIdx.x == 0 && rank == 0) p.row_scale[origin.row] = scale;
+      if (threadIdx.x == 0) p.row_scale[origin.row] = scale;
       quantizer.inv_scale = __fdiv_rn(1.0f, scale);
     }
     __syncthreads();  // before the next group overwrites the columns

@@ -50,6 +50,7 @@ struct HadamardDevice {
 enum class HadamardKernel : int {
   kRegisters,  // k = 1, pow2 <= 1024: a warp transforms whole blocks in registers
   kSums,       // any compiled k, or k = 1 and pow2 > 1024: blocks meet in shared memory once
+  kCluster,    // any k: CTAs share a block, signs are data; few rows, and other sign matrices
   kGeneric     // any k, size, dtype and alignment
 };
 
@@ -58,9 +59,22 @@ struct HadamardConfig {
   HadamardKernel kernel = HadamardKernel::kGeneric;
   int cluster = 1;   // CTAs that share one block
   int group = 1;     // blocks of a CTA at a time
-  int64_t grid = 1;  // CTAs
+  int64_t grid = 1;  // CTAs; 0: the kernel cannot do this
   int64_t smem_bytes = 0;
+  int threads = 256;  // of a CTA, kSums
 };
+
+// Where kCluster has what in a CTA's shared memory.
+struct HadamardClusterSmem {
+  int row_stride = 0;       // floats between the rows of x
+  int log2_group_rows = 0;  // rows of four inputs j
+  int pad = 0;              // floats after them, in x and in the table
+  int table_at = 0;         // bytes
+  int picks_at = 0;         // bytes
+  int picks_row = 0;        // picks of an output, a multiple of 4
+  int bytes = 0;
+};
+HadamardClusterSmem plan_hadamard_cluster_smem(int64_t block_size, int64_t k, int cluster);
 
 // The sizes k whose sums are compiled with constant signs; any other multiple of 4 takes kGeneric.
 // More than 60 sums do not fit a thread's registers beside the rest: `parts` warps share a column.
@@ -69,26 +83,42 @@ struct HadamardSums {
   int parts;        //
   int columns;      // neighbours that a thread takes together
   int ctas_per_sm;  // that the registers are bounded for
+  int few;          // thousands of elements up to which kCluster is faster on 132 SMs
 };
 inline constexpr HadamardSums kHadamardSums[] = {
-    {1, 1, 2, 2},   {12, 1, 2, 3},  {20, 1, 2, 3},  {28, 1, 2, 3},  {36, 1, 1, 3},
-    {40, 1, 1, 3},  {44, 1, 1, 3},  {52, 1, 1, 2},  {60, 1, 1, 2},  {76, 2, 1, 3},
-    {108, 2, 1, 2}, {140, 4, 1, 3}, {148, 4, 1, 3}, {172, 4, 1, 3},
+    {1, 1, 2, 2, 250},    {12, 1, 2, 3, 600},   {20, 1, 2, 3, 1000},  {28, 1, 2, 3, 2600},
+    {36, 1, 1, 3, 1500},  {40, 1, 1, 3, 1500},  {44, 1, 1, 3, 1500},  {52, 1, 1, 2, 1500},
+    {60, 1, 1, 2, 1500},  {76, 2, 1, 3, 1200},  {108, 2, 1, 2, 2000}, {140, 4, 1, 3, 8000},
+    {148, 4, 1, 3, 8000}, {172, 4, 1, 3, 8000},
 };
+// The most threads a CTA of kSums can have: three CTAs of 256 are two of 384.
+constexpr int hadamard_sums_threads(int ctas_per_sm) { return ctas_per_sm == 3 ? 384 : 256; }
 // nullptr where none is compiled.
 const HadamardSums* find_hadamard_sums(int64_t k);
 // Writes the sign matrix [k, k] that the kernels of k were compiled with; false where there are
 // none.
 bool compiled_hadamard_signs(int64_t k, int8_t* signs);
 
-// `vectors`: rows start at multiples of 16 bytes and 8 divides cols.
+// The configuration of one kernel, grid 0 where it cannot. `vectors` as below.
+HadamardConfig hadamard_registers_config(const RowHadamardParams& params, bool vectors);
+HadamardConfig hadamard_sums_config(const RowHadamardParams& params, bool vectors,
+                                    const HadamardDevice& device);
+HadamardConfig hadamard_cluster_config(const RowHadamardParams& params, bool vectors,
+                                       const HadamardDevice& device, int cluster);
+
+// The best of them. `vectors`: rows start at multiples of 16 bytes and 8 divides cols.
 HadamardConfig choose_hadamard_config(const RowHadamardParams& params, bool vectors,
                                       const HadamardDevice& device);
+
+// Whether the pointers and strides allow vectors of 16 bytes.
+bool hadamard_vectors(const RowHadamardParams& params);
 
 // Asynchronous on `stream`, no allocation, no synchronisation. On sm_90 and later the launch
 // overlaps the end of the kernel before it: the signs must not be written by that kernel. Throws
 // std::invalid_argument for impossible arguments (a block larger than the device's shared memory
 // among them) and std::runtime_error for CUDA errors.
 void launch_hadamard(const RowHadamardParams& params, cudaStream_t stream);
+void launch_hadamard(const RowHadamardParams& params, const HadamardConfig& config,
+                     cudaStream_t stream);
 
 }  // namespace prefixquant

@@ -1,0 +1,462 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Hadamard transforms of few rows: a cluster of CTAs shares one block, every loop is rolled and the
+// signs are data. A decode step runs this once between other kernels, so that every line of its
+// code comes from the L2 cache or further; the written-out sums of hadamard_sums.cuh are 20 to 60
+// KB of it.
+//
+// Layout: a block is [k q, width], width = min(pow2, 256), q = pow2 / width.
+//   1. A warp takes tiles of 256 elements: SwiGLU, butterflies of distance 1 .. 128 in registers.
+//      Every 8 columns go to the CTA that owns them, as float32 in its shared memory.
+//   2. k > 1: a thread takes a column of four rows j of k (and q of pow2): butterflies of distance
+//      256, 512, then the eight sums of the four up to sign, into a table [k/4][8][q][owned].
+//   3. k > 1: a thread takes four neighbouring columns of one output: k/4 entries of the table, each
+//      found by its pick, added up in the order of the operation.
+//      k = 1: lanes are rows, a thread has four neighbouring columns: shuffles.
+// Grid: `cluster` CTAs of 512 threads a block, one block each.
+// Smem: x float32 [k q, owned] with padding, the table (twice that), picks int16 [k, k/4], their
+//   rows padded to multiples of four.
+// Limits: 8 divides width / cluster; rows start at multiples of 16 bytes; k > 1: q <= 4;
+//   k = 1: q >= 2.
+#pragma once
+
+#include "prefixquant/cp_async.cuh"
+#include "prefixquant/fast_divisor.h"
+#include "prefixquant/hadamard.h"
+#include "prefixquant/hadamard_exchange.cuh"
+#include "prefixquant/hadamard_tile.cuh"
+#include "prefixquant/quantizer.cuh"
+#include "prefixquant/row_reduce.cuh"
+
+namespace prefixquant {
+
+inline constexpr int kHadamardClusterThreads = 512;
+inline constexpr int kHadamardTile = 256;  // elements that a warp transforms at a time
+
+// Kernel arguments; see RowHadamardParams for the pointers.
+struct HadamardClusterArgs {
+  const uint16_t* x;
+  const uint16_t* up;
+  int64_t x_stride, up_stride;
+  void* out;
+  RowScale scaling;
+  const float* scale;
+  float* row_scale;
+  float qmin, qmax;
+  float norm;  // 1 / sqrt(block_size)
+  const int8_t* signs;
+  bool is_bfloat16;
+  int cols;
+  int block_size;
+  int k;
+  int pow2;
+  int log2_width;
+  int log2_owned;  // columns that a CTA owns: width / cluster
+  int log2_rows;   // k = 1: of q
+  int log2_cluster;
+  FastDivisor blocks_per_row;
+  FastDivisor pick_vectors;  // four picks each, of an output
+  HadamardClusterSmem smem;
+};
+
+// By name, so that the accesses stay shared-memory accesses.
+__device__ __forceinline__ float* hadamard_cluster_smem() {
+  extern __shared__ float4 cluster_smem[];
+  return reinterpret_cast<float*>(cluster_smem);
+}
+
+// ---- 1: tiles ----
+
+// One vector of 8 elements a lane, as it lies in memory.
+struct GateUp {
+  uint4 x, up;
+
+  __device__ __forceinline__ void load(const HadamardClusterArgs& p, int64_t x_at, int64_t up_at,
+                                       uint32_t vector, bool wanted) {
+    x = up = make_uint4(0, 0, 0, 0);
+    if (!wanted) return;
+    x = *reinterpret_cast<const uint4*>(p.x + x_at + 8 * vector);
+    if (p.up) up = *reinterpret_cast<const uint4*>(p.up + up_at + 8 * vector);
+  }
+  // float32(x), or silu(x) * up
+  __device__ __forceinline__ void values(const HadamardClusterArgs& p, float (&v)[8]) const {
+    to_floats(x, p.is_bfloat16, v);
+    if (!p.up) return;
+    float u[8];
+    to_floats(up, p.is_bfloat16, u);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) v[e] = __fmul_rn(silu_approximate(v[e]), u[e]);
+  }
+};
+
+// Distance 8 * lanes elements, between lanes; see hadamard_tile.cuh for the rounding.
+template <int kCount>
+__device__ __forceinline__ void butterflies_between_lanes(float (&v)[kCount], int lanes, int lane) {
+  const float sign = lane & lanes ? -1.0f : 1.0f;
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) {
+    v[e] = __fmaf_rn(v[e], sign, __shfl_xor_sync(0xFFFFFFFFu, v[e], lanes));
+  }
+}
+
+// Sends 8 columns of a row to their owner.
+__device__ __forceinline__ void send_vector(const HadamardClusterArgs& p, const float (&v)[8],
+                                            uint32_t vector, uint32_t received) {
+  const uint32_t row = 8 * vector >> p.log2_width;
+  const uint32_t column = 8 * vector & ((1u << p.log2_width) - 1);
+  const uint32_t owner = column >> p.log2_owned;
+  const uint32_t there = row * p.smem.row_stride + (row >> p.smem.log2_group_rows) * p.smem.pad +
+                         (column & ((1u << p.log2_owned) - 1));
+  float* const local = hadamard_cluster_smem() + there;
+  const float4 low = make_float4(v[0], v[1], v[2], v[3]);
+  const float4 high = make_float4(v[4], v[5], v[6], v[7]);
+  if (p.log2_cluster > 0) {
+    const uint32_t remote = address_in_rank(smem_address(local), owner);
+    const uint32_t barrier = address_in_rank(received, owner);
+    send_to_cluster(remote, low, barrier);
+    send_to_cluster(remote + 16, high, barrier);
+  } else {
+    reinterpret_cast<float4*>(local)[0] = low;
+    reinterpret_cast<float4*>(local)[1] = high;
+  }
+}
+
+// `first` holds this warp's first tile. Tiles are dealt to CTAs in turn.
+__device__ __forceinline__ void transform_tiles(const HadamardClusterArgs& p, GateUp raw,
+                                                int64_t x_at, int64_t up_at, uint32_t tile,
+                                                uint32_t received) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t vectors = p.block_size / 8;
+  const uint32_t step = (kHadamardClusterThreads / 32) << p.log2_cluster;
+#pragma unroll 1
+  while (32 * tile < vectors) {
+    float v[8];
+    raw.values(p, v);
+    butterflies_in_vector<1>(v);
+    butterflies_in_vector<2>(v);
+    butterflies_in_vector<4>(v);
+#pragma unroll 1
+    for (int lanes = 1; lanes < 1 << (p.log2_width - 3); lanes *= 2) {
+      butterflies_between_lanes(v, lanes, lane);
+    }
+    const uint32_t vector = 32 * tile + lane;
+    if (vector < vectors) send_vector(p, v, vector, received);
+    tile += step;
+    raw.load(p, x_at, up_at, 32 * tile + lane, 32 * tile + lane < vectors);
+  }
+}
+
+// ---- 2: sums of four ----
+
+// Entry (i, g) of the picks: byte offset in the table of the sum of group g that output i adds, its
+// sign in bit 15. Sum s has the signs (+, s & 1, s & 2, s & 4) of inputs 4 g .. 4 g + 3.
+__device__ __forceinline__ uint32_t pick_of(uint32_t four_signs, uint32_t sum_bytes) {
+  const uint32_t minus = four_signs >> 7 & 0x01010101u;
+  const uint32_t first = minus & 1;
+  const uint32_t others = (minus ^ first * 0x01010100u) >> 8;
+  const uint32_t sum = others * ((1u << 16) | (1u << 9) | (1u << 2)) >> 16 & 7;
+  return sum * sum_bytes | first << 15;
+}
+
+__device__ __forceinline__ void make_picks(const HadamardClusterArgs& p, uint32_t sum_bytes) {
+  char* const picks = reinterpret_cast<char*>(hadamard_cluster_smem()) + p.smem.picks_at;
+  const uint32_t vectors = p.pick_vectors.divisor;
+#pragma unroll 1
+  for (uint32_t task = threadIdx.x; task < p.k * vectors; task += kHadamardClusterThreads) {
+    const uint32_t row = p.pick_vectors.divide(task), first = 4 * (task - row * vectors);
+    const auto* signs = reinterpret_cast<const uint32_t*>(p.signs + row * p.k) + first;
+    uint32_t words[4], picked[4];
+#pragma unroll
+    for (int b = 0; b < 4; ++b) words[b] = 4 * (first + b) < p.k ? __ldg(signs + b) : 0;
+#pragma unroll
+    for (int b = 0; b < 4; ++b) picked[b] = pick_of(words[b], sum_bytes);
+    reinterpret_cast<uint2*>(picks)[task] =
+        make_uint2(picked[0] | picked[1] << 16, picked[2] | picked[3] << 16);
+  }
+}
+
+// The eight sums of column t of four rows.
+template <int Q>
+__device__ __forceinline__ void store_sums(const float (&x)[4][Q], int t, float* to,
+                                           uint32_t sum_stride) {
+  const float low[2] = {__fadd_rn(x[0][t], x[1][t]), __fsub_rn(x[0][t], x[1][t])};
+  const float high[2] = {__fadd_rn(x[2][t], x[3][t]), __fsub_rn(x[2][t], x[3][t])};
+#pragma unroll
+  for (int s = 0; s < 8; ++s) {
+    // Signs of the third and fourth input: ++, -+, +-, --.
+    const float l = low[s & 1], h = high[(s >> 1 & 1) ^ (s >> 2)];
+    to[s * sum_stride] = s & 2 ? __fsub_rn(l, h) : __fadd_rn(l, h);
+  }
+}
+
+template <int Q>
+__device__ __forceinline__ void make_sums(const HadamardClusterArgs& p) {
+  const uint32_t owned = 1u << p.log2_owned, tasks = p.k / 4 << p.log2_owned;
+  const uint32_t x_group = 4 * Q * owned + p.smem.pad, table_group = 8 * Q * owned + p.smem.pad;
+#pragma unroll 1
+  for (uint32_t task = threadIdx.x; task < tasks; task += kHadamardClusterThreads) {
+    const uint32_t group = task >> p.log2_owned, column = task & (owned - 1);
+    const float* from = hadamard_cluster_smem() + group * x_group + column;
+    float x[4][Q];
+#pragma unroll
+    for (int n = 0; n < 4 * Q; ++n) x[n / Q][n % Q] = from[n * owned];
+#pragma unroll
+    for (int h = 1; h < Q; h *= 2) {
+#pragma unroll
+      for (int n = 0; n < 4 * Q; ++n) {
+        if (n & h) continue;
+        const float a = x[n / Q][n % Q], b = x[n / Q][n % Q + h];
+        x[n / Q][n % Q] = __fadd_rn(a, b);
+        x[n / Q][n % Q + h] = __fsub_rn(a, b);
+      }
+    }
+    float* to = hadamard_cluster_smem() + p.smem.table_at / 4 + group * table_group + column;
+#pragma unroll
+    for (int t = 0; t < Q; ++t) store_sums<Q>(x, t, to + t * owned, Q * owned);
+  }
+}
+
+// ---- 3: outputs ----
+
+// Stores four neighbouring results, rounded or as levels; `at` from the start of the block.
+__device__ __forceinline__ void store_results(const HadamardClusterArgs& p, const float (&y)[4],
+                                              const Quantizer& quantizer, int64_t at) {
+  if (p.scaling == RowScale::kNone) {
+    const uint2 pairs = p.is_bfloat16 ? make_uint2(pack_pair(y[0], y[1], __nv_bfloat16{}),
+                                                   pack_pair(y[2], y[3], __nv_bfloat16{}))
+                                      : make_uint2(pack_pair(y[0], y[1], __half{}),
+                                                   pack_pair(y[2], y[3], __half{}));
+    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.out) + at) = pairs;
+    return;
+  }
+  uint32_t t[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) t[e] = rounded_bits(y[e], quantizer);
+  if ((t[0] | t[1] | t[2] | t[3]) & kNanMark) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) t[e] = t[e] & kNanMark ? 0u : t[e];
+  }
+  *reinterpret_cast<uint32_t*>(static_cast<int8_t*>(p.out) + at) =
+      pack_low_bytes(t[0], t[1], t[2], t[3]);
+}
+
+// A task of the last phase: four columns of an output. Where they go in the block, and where a task
+// may keep its results (in x, which has been read).
+struct OutputTask {
+  uint32_t row;     // i of k, or of q for k = 1
+  uint32_t chunk;   // of 4 columns; k > 1: of the Q parts of a segment one after the other
+  uint32_t column;  // in the block, of output row 0
+  uint32_t output;  // where its results lie in the block
+};
+
+template <int Q>
+__device__ __forceinline__ OutputTask output_task(const HadamardClusterArgs& p, uint32_t task,
+                                                  uint32_t rank) {
+  OutputTask t;
+  const uint32_t log2_chunks = p.log2_owned - 2;
+  if constexpr (Q > 0) {
+    constexpr uint32_t kLog2Q = Q == 4 ? 2 : Q / 2;
+    t.row = task >> (log2_chunks + kLog2Q);
+    t.chunk = task & ((1u << (log2_chunks + kLog2Q)) - 1);
+    const uint32_t part = t.chunk >> log2_chunks, inner = t.chunk & ((1u << log2_chunks) - 1);
+    t.column = (part << p.log2_width) + (rank << p.log2_owned) + 4 * inner;
+    t.output = t.row * p.pow2 + t.column;
+  } else {
+    t.row = task & ((1u << p.log2_rows) - 1);
+    t.chunk = task >> p.log2_rows;
+    t.column = (rank << p.log2_owned) + 4 * t.chunk;
+    t.output = (t.row << p.log2_width) + t.column;
+  }
+  return t;
+}
+
+// acc + a picked entry, or minus it; `pick` in the low half of the word.
+__device__ __forceinline__ void add_entry(float (&y)[4], const char* entries, uint32_t pick) {
+  const float sign = __uint_as_float((pick << 16 & 0x80000000u) | 0x3F800000u);
+  const float4 v = *reinterpret_cast<const float4*>(entries + (pick & 0x7FFF));
+  y[0] = __fmaf_rn(v.x, sign, y[0]);
+  y[1] = __fmaf_rn(v.y, sign, y[1]);
+  y[2] = __fmaf_rn(v.z, sign, y[2]);
+  y[3] = __fmaf_rn(v.w, sign, y[3]);
+}
+
+// k > 1: the sum of the picked entries.
+template <int Q>
+__device__ __forceinline__ void add_picked(const HadamardClusterArgs& p, const OutputTask& t,
+                                           float (&y)[4]) {
+  const uint32_t table_group = 4 * ((8 * Q << p.log2_owned) + p.smem.pad);
+  const char* const smem = reinterpret_cast<const char*>(hadamard_cluster_smem());
+  const auto* picks = reinterpret_cast<const uint2*>(smem + p.smem.picks_at) +
+                      t.row * p.pick_vectors.divisor;
+  const char* entries = smem + p.smem.table_at + 16 * t.chunk;
+  y[0] = y[1] = y[2] = y[3] = 0.0f;
+#pragma unroll 1
+  for (int left = p.k / 4; left > 0; left -= 4, ++picks, entries += 4 * table_group) {
+    const uint2 four = *picks;
+    add_entry(y, entries, four.x);
+    if (left > 1) add_entry(y, entries + table_group, four.x >> 16);
+    if (left > 2) add_entry(y, entries + 2 * table_group, four.y);
+    if (left > 3) add_entry(y, entries + 3 * table_group, four.y >> 16);
+  }
+}
+
+// k = 1: the butterflies between the rows, of which up to 32 are lanes of a warp.
+__device__ __forceinline__ void butterflies_between_rows(const HadamardClusterArgs& p,
+                                                         const float4& x, float (&y)[4]) {
+  y[0] = x.x, y[1] = x.y, y[2] = x.z, y[3] = x.w;
+#pragma unroll 1
+  for (int rows = 1; rows < min(1 << p.log2_rows, 32); rows *= 2) {
+    butterflies_between_lanes(y, rows, threadIdx.x % 32);
+  }
+}
+
+// The same for distances of 32 rows and more, through shared memory.
+__device__ __forceinline__ void butterflies_between_warps(const HadamardClusterArgs& p,
+                                                          uint32_t tasks) {
+#pragma unroll 1
+  for (int rows = 32; rows < 1 << p.log2_rows; rows *= 2) {
+    __syncthreads();
+#pragma unroll 1
+    for (uint32_t task = threadIdx.x; task < tasks; task += kHadamardClusterThreads) {
+      const uint32_t row = task & ((1u << p.log2_rows) - 1), chunk = task >> p.log2_rows;
+      if (row & rows) continue;
+      float4* const low = reinterpret_cast<float4*>(hadamard_cluster_smem() +
+                                                    row * p.smem.row_stride + 4 * chunk);
+      float4* const high = low + rows * (p.smem.row_stride / 4);
+      const float4 a = *low, b = *high;
+      *low = make_float4(__fadd_rn(a.x, b.x), __fadd_rn(a.y, b.y), __fadd_rn(a.z, b.z),
+                         __fadd_rn(a.w, b.w));
+      *high = make_float4(__fsub_rn(a.x, b.x), __fsub_rn(a.y, b.y), __fsub_rn(a.z, b.z),
+                          __fsub_rn(a.w, b.w));
+    }
+  }
+  __syncthreads();
+}
+
+template <int Q>
+__device__ __forceinline__ float* kept_results(const HadamardClusterArgs& p, const OutputTask& t,
+                                               uint32_t task) {
+  return hadamard_cluster_smem() + (Q > 0 ? 4 * task : t.row * p.smem.row_stride + 4 * t.chunk);
+}
+
+__device__ __forceinline__ uint32_t cluster_max(const HadamardClusterArgs& p, uint32_t largest,
+                                                uint32_t rank, uint32_t* maxima,
+                                                uint32_t* cluster_maxima) {
+  largest = block_max(largest, maxima);
+  if (p.log2_cluster == 0) return largest;
+  const uint32_t cluster = 1u << p.log2_cluster;
+  if (threadIdx.x < cluster) {
+    store_to_cluster(address_in_rank(smem_address(cluster_maxima + rank), threadIdx.x), largest);
+  }
+  cluster_barrier();
+#pragma unroll 1
+  for (uint32_t r = 0; r < cluster; ++r) largest = max(largest, cluster_maxima[r]);
+  return largest;
+}
+
+// Outputs that wait for something, in shared memory: the other rows of a long transform, or the
+// scale of the row.
+template <int Q>
+__device__ __forceinline__ void finish_kept(const HadamardClusterArgs& p, uint32_t tasks,
+                                            uint32_t rank, Quantizer quantizer, int64_t row,
+                                            int64_t block_at) {
+  __shared__ uint32_t maxima[32], cluster_maxima[8];
+  if constexpr (Q == 0) butterflies_between_warps(p, tasks);
+  uint32_t largest = 0;
+#pragma unroll 1
+  for (bool maximum = p.scaling == RowScale::kDynamic;; maximum = false) {
+#pragma unroll 1
+    for (uint32_t task = threadIdx.x; task < tasks; task += kHadamardClusterThreads) {
+      const OutputTask t = output_task<Q>(p, task, rank);
+      const float4 kept = *reinterpret_cast<const float4*>(kept_results<Q>(p, t, task));
+      const float y[4] = {__fmul_rn(kept.x, p.norm), __fmul_rn(kept.y, p.norm),
+                          __fmul_rn(kept.z, p.norm), __fmul_rn(kept.w, p.norm)};
+      if (maximum) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) largest = max(largest, magnitude_bits(y[e]));
+      } else {
+        store_results(p, y, quantizer, block_at + t.output);
+      }
+    }
+    if (!maximum) break;
+    largest = cluster_max(p, largest, rank, maxima, cluster_maxima);
+    const float scale = dynamic_scale(__uint_as_float(largest), p.qmax, 1.0f);
+    if (threadIdx.x == 0 && rank == 0) p.row_scale[row] = scale;
+    quantizer.inv_scale = __frcp_rn(scale);
+  }
+}
+
+template <int Q>
+__device__ __forceinline__ void finish_outputs(const HadamardClusterArgs& p, uint32_t rank,
+                                               const Quantizer& quantizer, int64_t row,
+                                               int64_t block_at) {
+  const uint32_t rows = Q > 0 ? p.k * Q : 1u << p.log2_rows;
+  const uint32_t tasks = rows << (p.log2_owned - 2);
+  const bool keep = p.scaling == RowScale::kDynamic || (Q == 0 && p.log2_rows > 5);
+#pragma unroll 1
+  for (uint32_t first = threadIdx.x & ~31u; first < tasks; first += kHadamardClusterThreads) {
+    const uint32_t task = first + threadIdx.x % 32;
+    const bool mine = task < tasks;
+    const OutputTask t = output_task<Q>(p, mine ? task : first, rank);
+    float* const kept = kept_results<Q>(p, t, task);
+    float y[4];
+    if constexpr (Q > 0) {
+      add_picked<Q>(p, t, y);
+    } else {
+      butterflies_between_rows(p, *reinterpret_cast<const float4*>(kept), y);
+    }
+    if (keep) {
+      if (mine) *reinterpret_cast<float4*>(kept) = make_float4(y[0], y[1], y[2], y[3]);
+    } else if (mine) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) y[e] = __fmul_rn(y[e], p.norm);
+      store_results(p, y, quantizer, block_at + t.output);
+    }
+  }
+  if (keep) finish_kept<Q>(p, tasks, rank, quantizer, row, block_at);
+}
+
+// Q: parts of 256 columns of a segment, 0 for k = 1.
+template <int Q>
+__global__ void __launch_bounds__(kHadamardClusterThreads, 2)
+    hadamard_cluster_kernel(const HadamardClusterArgs p) {
+  __shared__ alignas(8) uint64_t received_barrier;
+  const bool alone = p.log2_cluster == 0;
+  const uint32_t rank = alone ? 0 : cluster_rank(), received = smem_address(&received_barrier);
+  grid_dependency_launch();
+  if (!alone) {
+    prepare_to_receive(received, 4 * p.block_size >> p.log2_cluster);
+    cluster_arrive_relaxed();
+  }
+  if constexpr (Q > 0) make_picks(p, 4 * Q << p.log2_owned);
+
+  const int64_t block = blockIdx.x >> p.log2_cluster;
+  const int64_t row = p.blocks_per_row.divide(static_cast<uint32_t>(block));
+  const int64_t in_row = (block - row * p.blocks_per_row.divisor) * p.block_size;
+  const int64_t x_at = row * p.x_stride + in_row, up_at = row * p.up_stride + in_row;
+  const uint32_t tile = rank + (threadIdx.x / 32 << p.log2_cluster);
+  const uint32_t vector = 32 * tile + threadIdx.x % 32;
+
+  grid_dependency_wait();
+  GateUp raw;
+  raw.load(p, x_at, up_at, vector, 8 * vector < static_cast<uint32_t>(p.block_size));
+  const float scale = p.scaling == RowScale::kStatic ? *p.scale : 1.0f;
+  if (!alone) cluster_wait_acquire();  // nobody sends to a CTA that has not started
+  transform_tiles(p, raw, x_at, up_at, tile, received);
+  const Quantizer quantizer{__frcp_rn(scale), p.qmin, p.qmax};
+  __syncthreads();
+  if (!alone) cluster_wait_received(received);
+  if constexpr (Q > 0) {
+    make_sums<Q>(p);
+    __syncthreads();
+  }
+  finish_outputs<Q>(p, rank, quantizer, row, block * p.block_size);
+}
+
+using HadamardClusterKernel = void (*)(HadamardClusterArgs);
+
+// Instantiated in src/inst/hadamard_cluster.cu.
+template <int Q>
+HadamardClusterKernel hadamard_cluster_instance();
+
+}  // namespace prefixquant
