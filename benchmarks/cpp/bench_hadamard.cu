@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Hadamard, alone and with SwiGLU and quantization, without Python.
-//   bench_hadamard check    small self-checking launches of every kernel, for compute-sanitizer
-//   bench_hadamard few      fewer of them, for its slower tools
-//   bench_hadamard time     microseconds and shares of the copy bandwidth, back to back and, for few
-//                           rows, between two linear layers as in a decoder
-//   bench_hadamard sweep [rows..]   the same for every configuration, which kFewElements is from
-//   bench_hadamard          check on larger sizes, then time
+//   bench_hadamard check           small self-checking launches of every kernel, for
+//                                  compute-sanitizer
+//   bench_hadamard few             fewer of them, for its slower tools
+//   bench_hadamard time            microseconds and shares of the copy bandwidth, back to back;
+//                                  for few rows also what a launch adds between two linear layers
+//   bench_hadamard sweep [rows..]  the same for every configuration; HadamardSums::few is from it
+//   bench_hadamard                 check on larger sizes, then time
 #include <cuda_bf16.h>
 
-#include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <exception>
 #include <string>
 
+#include "hadamard_problem.h"
 #include "harness.h"
 #include "prefixquant/gemm_w4.h"
 #include "prefixquant/hadamard.h"
@@ -23,130 +23,6 @@
 
 namespace prefixquant::bench {
 namespace {
-
-std::vector<int8_t> signs_of(int k) {
-  std::vector<int8_t> out(k * k, 1);
-  compiled_hadamard_signs(k, out.data());
-  return out;
-}
-
-std::vector<__nv_bfloat16> to_bf16(const std::vector<float>& v) {
-  std::vector<__nv_bfloat16> out;
-  for (const float f : v) out.push_back(__float2bfloat16_rn(f));
-  return out;
-}
-
-struct Case {
-  int64_t rows, cols, block;
-  int k;
-  bool swiglu;
-  RowScale scaling;
-  bool flipped_signs = false;  // another Hadamard matrix than the compiled one
-};
-
-// The transform by its definition, float32 in the order of the operation.
-void transform(std::vector<float>& v, int64_t k, const std::vector<int8_t>& signs) {
-  const int64_t pow2 = v.size() / k;
-  for (int64_t h = 1; h < pow2; h *= 2) {
-    for (size_t i = 0; i < v.size(); ++i) {
-      if (i & h) continue;
-      const float a = v[i], b = v[i + h];
-      v[i] = a + b, v[i + h] = a - b;
-    }
-  }
-  const float norm = static_cast<float>(1.0 / std::sqrt(static_cast<double>(v.size())));
-  std::vector<float> y(v.size());
-  for (int64_t i = 0; i < k; ++i) {
-    for (int64_t r = 0; r < pow2; ++r) {
-      float total = k > 1 ? 0.0f : v[r];
-      for (int64_t j = 0; k > 1 && j < k; j += 4) {
-        float x[4];
-        for (int b = 0; b < 4; ++b) x[b] = signs[i * k + j + b] * v[(j + b) * pow2 + r];
-        total += (x[0] + x[1]) + (x[2] + x[3]);
-      }
-      y[i * pow2 + r] = total * norm;
-    }
-  }
-  v = y;
-}
-
-// Every configuration that can do it, the chosen one first.
-std::vector<HadamardConfig> configs_of(const RowHadamardParams& p) {
-  const CurrentDevice current;
-  const HadamardDevice device{current.arch, current.sm_count, current.smem_limit};
-  const bool vectors = hadamard_vectors(p);
-  std::vector<HadamardConfig> configs = {choose_hadamard_config(p, vectors, device),
-                                         hadamard_sums_config(p, vectors, device)};
-  for (const int cluster : {1, 2, 4, 8}) {
-    configs.push_back(hadamard_cluster_config(p, vectors, device, cluster));
-  }
-  std::vector<HadamardConfig> possible;
-  for (const HadamardConfig& config : configs) {
-    if (config.grid > 0) possible.push_back(config);
-  }
-  return possible;
-}
-
-std::string text_of(const HadamardConfig& config) {
-  static const char* const kNames[] = {"registers", "sums", "cluster", "generic"};
-  const bool shared = config.kernel == HadamardKernel::kCluster;
-  return kNames[static_cast<int>(config.kernel)] +
-         (shared ? "/" + std::to_string(config.cluster) : "");
-}
-
-struct Expected {
-  std::vector<float> y;       // [rows, cols]
-  std::vector<float> scales;  // [rows], for kDynamic
-};
-
-Expected expected_of(const Case& c, const std::vector<__nv_bfloat16>& x,
-                     const std::vector<__nv_bfloat16>& up, const std::vector<int8_t>& signs,
-                     float qmax) {
-  Expected out;
-  for (int64_t r = 0; r < c.rows; ++r) {
-    float largest = 0.0f;
-    for (int64_t b = r * c.cols; b < (r + 1) * c.cols; b += c.block) {
-      std::vector<float> v(c.block);
-      for (int64_t i = 0; i < c.block; ++i) {
-        const float g = __bfloat162float(x[b + i]), u = __bfloat162float(up[b + i]);
-        v[i] = c.swiglu ? static_cast<float>(g / (1.0 + std::exp(-static_cast<double>(g)))) * u : g;
-      }
-      transform(v, c.k, signs);
-      for (const float f : v) largest = std::max(largest, std::fabs(f));
-      out.y.insert(out.y.end(), v.begin(), v.end());
-    }
-    out.scales.push_back(largest / qmax);
-  }
-  return out;
-}
-
-// Wrong elements of a result; `ties` counts levels that SwiGLU moved across a tie.
-int wrong_of(const Case& c, const RowHadamardParams& p, const Expected& expected,
-             const std::vector<uint8_t>& got, const std::vector<float>& scales, int& ties) {
-  int wrong = 0;
-  for (int64_t r = 0; r < c.rows; ++r) {
-    float s = 0.37f;
-    if (c.scaling == RowScale::kDynamic) {
-      s = scales[r];
-      wrong += !(std::fabs(s - expected.scales[r]) <= 2e-6f * expected.scales[r]);
-    }
-    for (int64_t at = r * c.cols; at < (r + 1) * c.cols; ++at) {
-      if (c.scaling == RowScale::kNone) {
-        const __nv_bfloat16 rounded = __float2bfloat16_rn(expected.y[at]);
-        wrong += std::memcmp(&rounded, got.data() + 2 * at, 2) != 0;
-        continue;
-      }
-      const float v = expected.y[at] * (1.0f / s);
-      const int q = static_cast<int>(std::min(std::max(std::nearbyintf(v), p.qmin), p.qmax));
-      const int step = std::abs(q - static_cast<int8_t>(got[at]));
-      if (step == 0) continue;
-      // Levels of SwiGLU may differ at a tie; without it, never.
-      const bool tie = std::fabs(v - std::floor(v) - 0.5f) <= 1e-5f * std::max(1.0f, std::fabs(v));
-      (c.swiglu && step == 1 && tie ? ties : wrong) += 1;
-    }
-  }
-  return wrong;
-}
 
 // Launches every configuration; returns how many are wrong.
 int check(const Case& c, int& launches) {
@@ -180,11 +56,12 @@ int check(const Case& c, int& launches) {
     ++launches;
     if (wrong == 0 && ties <= 1 + 1e-4 * count) continue;
     ++failed;
-    std::printf("rows %lld cols %lld block %lld k %d swiglu %d scaling %d flipped %d %s: %d wrong, "
-                "%d at ties\n",
-                static_cast<long long>(c.rows), static_cast<long long>(c.cols),
-                static_cast<long long>(c.block), c.k, c.swiglu, static_cast<int>(c.scaling),
-                c.flipped_signs, text_of(config).c_str(), wrong, ties);
+    std::printf(
+        "rows %lld cols %lld block %lld k %d swiglu %d scaling %d flipped %d %s: %d wrong, "
+        "%d at ties\n",
+        static_cast<long long>(c.rows), static_cast<long long>(c.cols),
+        static_cast<long long>(c.block), c.k, c.swiglu, static_cast<int>(c.scaling),
+        c.flipped_signs, text_of(config).c_str(), wrong, ties);
   }
   return failed;
 }
@@ -260,9 +137,9 @@ std::vector<double> time_back_to_back(const Case& c, const std::vector<HadamardC
   std::vector<double> us;
   for (const HadamardConfig& config : configs) {
     us.push_back(time_us(copies, [&](int i, cudaStream_t stream) {
-      launch_hadamard(params_of(c, x[i].data(), out[i].data(), signs.data(), scale.data(),
-                                row_scale.data()),
-                      config, stream);
+      launch_hadamard(
+          params_of(c, x[i].data(), out[i].data(), signs.data(), scale.data(), row_scale.data()),
+          config, stream);
     }));
   }
   return us;
@@ -308,8 +185,8 @@ std::vector<double> time_between(const Case& c, const std::vector<HadamardConfig
   const Linear down(rows, 4096, cols, levels.data(), y.data());
   const Buffer<int8_t> signs(signs_of(c.k));
   const Buffer<float> scale(std::vector<float>{0.37f}), row_scale(c.rows);
-  const RowHadamardParams p = params_of(c, gate_up.data(), levels.data(), signs.data(),
-                                        scale.data(), row_scale.data());
+  const RowHadamardParams p =
+      params_of(c, gate_up.data(), levels.data(), signs.data(), scale.data(), row_scale.data());
   const auto layer_us = [&](const HadamardConfig* config) {
     return time_us(3, [&](int i, cudaStream_t stream) {
       up.launch(i, stream);
@@ -327,8 +204,8 @@ void time_case(Case c, RowScale scaling, bool swiglu, double copy, bool sweep) {
   c.scaling = scaling, c.swiglu = swiglu;
   const Buffer<uint8_t> probe(1);  // aligned as every other buffer
   const auto* any = reinterpret_cast<const __nv_bfloat16*>(probe.data());
-  auto configs = configs_of(params_of(c, any, probe.data(), reinterpret_cast<int8_t*>(probe.data()),
-                                      nullptr, nullptr));
+  auto configs = configs_of(
+      params_of(c, any, probe.data(), reinterpret_cast<int8_t*>(probe.data()), nullptr, nullptr));
   if (!sweep) configs.resize(1);
   const double bytes = (2.0 * (swiglu ? 2 : 1) + (scaling == kNone ? 2 : 1)) * c.rows * c.cols;
   const auto us = time_back_to_back(c, configs);
@@ -377,9 +254,18 @@ void time_all() {
 void time_sweep(const std::vector<int64_t>& rows_list) {
   const double copy = copy_bandwidth();
   std::printf("device copy: %.3f TB/s\n", copy * 1e-12);
-  for (const Block& b :
-       {Block{14336, 28}, {28672, 28}, {8192, 1}, {1536, 12}, {5120, 20}, {9216, 36}, {7680, 60},
-        {4864, 76}, {13824, 108}, {8960, 140}, {18944, 148}, {11008, 172}}) {
+  for (const Block& b : {Block{14336, 28},
+                         {28672, 28},
+                         {8192, 1},
+                         {1536, 12},
+                         {5120, 20},
+                         {9216, 36},
+                         {7680, 60},
+                         {4864, 76},
+                         {13824, 108},
+                         {8960, 140},
+                         {18944, 148},
+                         {11008, 172}}) {
     for (const int64_t rows : rows_list) {
       time_case({rows, b.block, b.block, b.k, true, kStatic}, kStatic, true, copy, true);
     }
@@ -399,8 +285,9 @@ int main(int argc, char** argv) try {
     time_sweep(rows);
     return 0;
   }
-  if (mode != "time" &&
-      check_all(mode == "few" ? Size::kFew : mode == "check" ? Size::kSmall : Size::kLarge)) {
+  if (mode != "time" && check_all(mode == "few"     ? Size::kFew
+                                  : mode == "check" ? Size::kSmall
+                                                    : Size::kLarge)) {
     return 1;
   }
   if (mode.empty() || mode == "time") time_all();

@@ -21,13 +21,14 @@ constexpr int64_t kReservedSmem = 1024;  // of every CTA, by the system
 int64_t choose_group(int64_t block, int64_t segment, int64_t blocks, const HadamardSums& sums,
                      const HadamardDevice& device) {
   const int64_t columns = sums.columns * kThreads / sums.parts;
-  int64_t wanted = std::max((columns + segment - 1) / segment, (12288 + block - 1) / block);
+  const int64_t wanted = std::max((columns + segment - 1) / segment, (12288 + block - 1) / block);
+  const int64_t fits = std::max<int64_t>(1, 57344 / (4 * block));
+  const int64_t shared_out = std::max<int64_t>(1, blocks / (2 * device.sm_count));
+  const int64_t group = std::max<int64_t>(1, std::min({wanted, fits, shared_out}));
   // All in one wave rather than a few in a second: 4096 x 1536 in 19.9 instead of 22.3 us.
   const int64_t wave = sums.ctas_per_sm * device.sm_count, one_wave = (blocks + wave - 1) / wave;
-  if (one_wave <= wanted * 3 / 2) wanted = std::max(wanted, one_wave);
-  const int64_t fits = std::max<int64_t>(1, 73728 / (4 * block));
-  const int64_t shared_out = std::max<int64_t>(1, blocks / (2 * device.sm_count));
-  return std::max<int64_t>(1, std::min({wanted, fits, shared_out}));
+  const bool little_more = one_wave <= group * 3 / 2 && one_wave * block * 4 <= 73728;
+  return one_wave > group && little_more ? one_wave : group;
 }
 
 // CTAs that share a block: about one output of four columns a thread, work for all SMs.
@@ -41,6 +42,16 @@ int choose_cluster(const RowHadamardParams& p, const HadamardDevice& device) {
     cluster *= 2;
   }
   return cluster;
+}
+
+// Whether kCluster, which `config` is for, is faster than kSums: elements up to the measured
+// number, in one wave of CTAs.
+bool is_few(const RowHadamardParams& p, const HadamardConfig& config,
+            const HadamardDevice& device) {
+  const int64_t by_smem =
+      (device.smem_limit + kReservedSmem) / (config.smem_bytes + kStaticSmem / 2 + kReservedSmem);
+  const int64_t few = int64_t{1000} * find_hadamard_sums(p.k)->few * device.sm_count / 132;
+  return p.rows * p.cols <= few && config.grid <= std::min<int64_t>(by_smem, 2) * device.sm_count;
 }
 
 template <int kIndex = 0>
@@ -168,10 +179,7 @@ HadamardConfig choose_hadamard_config(const RowHadamardParams& p, bool vectors,
   if (config.grid > 0) return config;
   config = hadamard_cluster_config(p, vectors, device, choose_cluster(p, device));
   const HadamardConfig sums = hadamard_sums_config(p, vectors, device);
-  const auto few = [&] {
-    return p.rows * p.cols <= int64_t{1000} * find_hadamard_sums(p.k)->few * device.sm_count / 132;
-  };
-  if (config.grid > 0 && (sums.grid == 0 || few())) return config;
+  if (config.grid > 0 && (sums.grid == 0 || is_few(p, config, device))) return config;
   if (sums.grid > 0) return sums;
   config = HadamardConfig();
   config.group = p.scaling == RowScale::kDynamic ? static_cast<int>(p.cols / p.block_size) : 1;

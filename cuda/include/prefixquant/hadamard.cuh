@@ -168,10 +168,10 @@ __device__ __forceinline__ void prefetch_group(const HadamardArgs& p, int64_t fi
                "r"(bytes)
                : "memory");
   if (!p.up) return;
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.up + row * p.up_stride +
-                                                                  column),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.up + row * p.up_stride + column),
+      "r"(bytes)
+      : "memory");
 #endif
 }
 
@@ -374,8 +374,7 @@ __device__ __forceinline__ void finish_part(Arguments&&... arguments) {
 
 template <typename Sums, int kCtasPerSm>
 __global__ void __launch_bounds__(hadamard_sums_threads(kCtasPerSm),
-                                  kCtasPerSm * kHadamardThreads /
-                                      hadamard_sums_threads(kCtasPerSm))
+                                  kCtasPerSm* kHadamardThreads / hadamard_sums_threads(kCtasPerSm))
     hadamard_sums_kernel(const HadamardArgs p) {
   __shared__ uint32_t maxima[32];
   const ColumnStorage storage(p);
@@ -403,8 +402,7 @@ __global__ void __launch_bounds__(hadamard_sums_threads(kCtasPerSm),
     uint32_t largest = 0;
     // Dynamic scales: the sums once for the largest magnitude, once more for the levels.
     for (bool maximum = p.scaling == RowScale::kDynamic;; maximum = false) {
-      finish_part<Sums>(p, storage, first, blocks, quantizer, compiled_signs, maximum,
-                        largest);
+      finish_part<Sums>(p, storage, first, blocks, quantizer, compiled_signs, maximum, largest);
       if (!maximum) break;
       largest = block_max(largest, maxima);
       const float scale = dynamic_scale(__uint_as_float(largest), p.qmax, 1.0f);

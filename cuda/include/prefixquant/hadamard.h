@@ -88,8 +88,8 @@ struct HadamardSums {
 inline constexpr HadamardSums kHadamardSums[] = {
     {1, 1, 2, 2, 250},    {12, 1, 2, 3, 600},   {20, 1, 2, 3, 1000},  {28, 1, 2, 3, 2600},
     {36, 1, 1, 3, 1500},  {40, 1, 1, 3, 1500},  {44, 1, 1, 3, 1500},  {52, 1, 1, 2, 1500},
-    {60, 1, 1, 2, 1500},  {76, 2, 1, 3, 1200},  {108, 2, 1, 2, 2000}, {140, 4, 1, 3, 8000},
-    {148, 4, 1, 3, 8000}, {172, 4, 1, 3, 8000},
+    {60, 1, 1, 2, 1500},  {76, 2, 1, 3, 1200},  {108, 2, 1, 2, 2000}, {140, 4, 1, 3, 4000},
+    {148, 4, 1, 3, 4000}, {172, 4, 1, 3, 4000},
 };
 // The most threads a CTA of kSums can have: three CTAs of 256 are two of 384.
 constexpr int hadamard_sums_threads(int ctas_per_sm) { return ctas_per_sm == 3 ? 384 : 256; }
@@ -118,6 +118,7 @@ bool hadamard_vectors(const RowHadamardParams& params);
 // std::invalid_argument for impossible arguments (a block larger than the device's shared memory
 // among them) and std::runtime_error for CUDA errors.
 void launch_hadamard(const RowHadamardParams& params, cudaStream_t stream);
+// With one of the configurations above; for measuring them against each other.
 void launch_hadamard(const RowHadamardParams& params, const HadamardConfig& config,
                      cudaStream_t stream);
 

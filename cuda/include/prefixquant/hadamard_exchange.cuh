@@ -25,15 +25,14 @@ __device__ __forceinline__ void cluster_barrier() {
 __device__ __forceinline__ uint32_t address_in_rank(uint32_t local, uint32_t rank) {
   uint32_t remote = 0;
 #if __CUDA_ARCH__ >= 900
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(remote)
-      : "r"(local), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
 #endif
   return remote;
 }
 
-// Sends 16 bytes to an address of another CTA, which count on that CTA's mbarrier. Needs no fence on
-// either side, and not the memory barrier of the whole GPU that a releasing cluster barrier does.
+// Sends 16 bytes to an address of another CTA, which count on that CTA's mbarrier. Needs no fence
+// on either side, and not the memory barrier of the whole GPU that a releasing cluster barrier
+// does.
 __device__ __forceinline__ void send_to_cluster(uint32_t address, const float4& v,
                                                 uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
