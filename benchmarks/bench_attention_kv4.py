@@ -36,7 +36,11 @@ from timing import (
 
 QUERY_HEADS, KV_HEADS, DIM, PREFIX = 32, 8, 128, 1
 SCALING = DIM**-0.5
-DECODE = ((1, 2048), (1, 8192), (1, 32768), (16, 1024), (16, 8192), (64, 2048))
+DECODE = (
+    *((1, length) for length in (512, 2048, 8192, 32768)),
+    *((16, length) for length in (512, 1024, 8192)),
+    (64, 2048),
+)
 PREFILL = ((512, 0), (2048, 0), (8192, 0), (512, 7680), (16, 8176))  # tokens, first row
 APPEND = (1, 16, 256, 4096)
 BACKENDS = {

@@ -92,6 +92,7 @@ void* take_buffer(const ArgumentChecker& check, const TensorView& t, const char*
 std::pair<int64_t, int64_t> kv_attention_workspace_cuda(int64_t batch, int64_t tokens,
                                                         int64_t heads, int64_t kv_heads,
                                                         int64_t dim, int64_t device) {
+  PQ_CHECK("kv_attention_workspace", device >= 0, "device: expected a CUDA device, got ", device);
   KvAttentionGpuParams p;
   p.batch = static_cast<int>(batch);
   p.tokens = static_cast<int>(tokens);
@@ -186,6 +187,7 @@ void kv_attention_cuda(const std::string& op, const TensorView& q, const TensorV
   check.on_cuda(out, "out", device);
   check.dtype(out, "out", output_scale ? DType::kInt8 : q.dtype);
   check.contiguous(out, "out");
+  check.aligned(out, "out", output_scale ? 2 : 4);
   PQ_CHECK(op, out.numel() == q.numel(), "out: expected ", q.numel(), " elements, got shape ",
            out.shape_text());
   if (out.numel() == 0) return;

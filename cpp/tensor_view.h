@@ -94,7 +94,9 @@ struct ArgumentChecker {
   void on_cpu(const TensorView& t, const char* name) const {
     PQ_CHECK(op, t.device < 0, name, ": expected a CPU tensor, got cuda:", t.device);
   }
+  // `device` is that of the operation's first tensor, which this refuses where it is the CPU.
   void on_cuda(const TensorView& t, const char* name, int device) const {
+    PQ_CHECK(op, device >= 0, name, ": expected a CUDA tensor, got cpu");
     PQ_CHECK(op, t.device == device, name, ": expected a tensor on cuda:", device, ", got ",
              t.device < 0 ? std::string("cpu") : "cuda:" + std::to_string(t.device));
   }

@@ -76,6 +76,17 @@ def test_many_short_sequences():
     check_decode(inputs, pages)
 
 
+@pytest.mark.parametrize("length", [0, 1, 33, 513, 4100, 9000])
+@pytest.mark.parametrize("heads", [(32, 8, 128), (14, 2, 64), (16, 1, 256)])
+def test_one_sequence(heads, length):
+    """Few rows, which have CTAs of their own: a cluster each or, from some length on, many."""
+    inputs, _ = cpu_cache.make_inputs(heads, 4, torch.bfloat16, [1], prefix=3)
+    k, v, _, pages = filled_cache([length], heads[1], heads[2], 4, torch.bfloat16, capacity=9001)
+    inputs.update(k_cache=k, v_cache=v, max_length=max(length, 1))
+    inputs["lengths"] = torch.tensor([length], dtype=torch.int32)
+    check_decode(inputs, pages)
+
+
 @pytest.mark.parametrize("output_bits", [4, 8])
 @pytest.mark.parametrize("dim", [64, 80])
 def test_quantized_output(output_bits, dim):
@@ -176,6 +187,35 @@ def test_wrong_device():
     for name in ("k_cache", "v_cache", "k_scale", "prefix_k", "prefix_v", "lengths"):
         with pytest.raises(ValueError, match=rf"{name}: expected a tensor on cuda"):
             ops.kv_decode_attention(**{**good, name: good[name].cpu()})
+
+
+def test_cpu_tensors_are_refused():
+    """The kernel's own check: whoever calls past the dispatcher gets an error, not a crash."""
+    empty = torch.zeros(1, 1, 1, 64, dtype=torch.float16)
+    with pytest.raises(ValueError, match="q: expected a CUDA tensor, got cpu"):
+        _C.kv_attention_cuda(
+            op="kv_attention",
+            q=empty,
+            k=empty,
+            v=empty,
+            k_scale=None,
+            v_scale=None,
+            prefix_k=empty[0],
+            prefix_v=empty[0],
+            lengths=None,
+            block_table=None,
+            mask=None,
+            max_length=1,
+            scaling=1.0,
+            output_scale=None,
+            output_bits=8,
+            out=empty,
+            counters=empty,
+            partials=empty,
+            stream=0,
+        )
+    with pytest.raises(ValueError, match="device: expected a CUDA device, got -1"):
+        _C.kv_attention_workspace_cuda(batch=1, tokens=1, heads=1, kv_heads=1, dim=64, device=-1)
 
 
 def test_opcheck():

@@ -148,3 +148,16 @@ def test_wrong_argument_is_named(name, value):
     good["q_norm"], good["k_norm"] = torch.ones(64), torch.ones(64)
     with pytest.raises(ValueError, match=rf"rope_kv_append: {name}: expected"):
         ops.rope_kv_append(**on_gpu({**good, name: value}))
+
+
+def test_cpu_tensors_are_refused():
+    """The kernels' own checks: whoever calls past the dispatcher gets an error, not a crash."""
+    inputs = cpu_rope.make_inputs((6, 2, 64), 4)
+    q = torch.empty(inputs["qkv"].shape[0], 6, 64)
+    with pytest.raises(ValueError, match="qkv: expected a CUDA tensor, got cpu"):
+        _C.rope_kv_append_cuda(**inputs, q=q, stream=0)
+    x, cache = torch.zeros(1, 2, 3, 64), torch.zeros(1, 2, 3, 32, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="x: expected a CUDA tensor, got cpu"):
+        _C.kv_quantize_cuda("kv_quantize", x, torch.ones(2), 4, None, 1, cache, 0, 0)
+    with pytest.raises(ValueError, match="q: expected a CUDA tensor, got cpu"):
+        _C.kv_dequantize_cuda(cache, torch.ones(2), 4, None, x, 0)

@@ -22,11 +22,13 @@ struct KvProblem {
   KvDtype cache = KvDtype::kInt4;
   KvDtype q = KvDtype::kBFloat16;
   int dim = 128, kv_heads = 8, group = 4, tokens = 1, prefix = 1;
-  int page_size = 0;  // 0: contiguous
+  int page_size = 0;    // 0: contiguous
+  int spare_rows = 37;  // of a contiguous cache beyond the longest sequence
   bool mask = false, quantize = false;
   KvDtype prefix_dtype = KvDtype::kBFloat16;
   std::vector<int> lengths;
-  int copies = 1;  // caches to rotate through
+  std::vector<int> early_lengths;  // what a launch finds before the kernel ahead has ended
+  int copies = 1;                  // caches to rotate through
 };
 
 inline int bits_of(KvDtype dtype) {
@@ -215,6 +217,7 @@ inline KvOperands::KvOperands(const KvProblem& problem, int sm_count) {
   const int batch = static_cast<int>(problem.lengths.size()), bits = bits_of(problem.cache);
   const int heads = problem.kv_heads * problem.group, dim = problem.dim;
   int longest = 0;
+  for (int length : problem.early_lengths) longest = std::max(longest, length);
   for (int length : problem.lengths) longest = std::max(longest, length);
   const int64_t row_bytes = dim * bits / 8;
   lengths = own(to_device(problem.lengths));
@@ -226,7 +229,8 @@ inline KvOperands::KvOperands(const KvProblem& problem, int sm_count) {
   p.cache_dtype = problem.cache;
   p.q_dtype = bits == 16 ? problem.cache : problem.q;
   p.prefix_dtype = problem.prefix_dtype;
-  p.max_length = longest, p.lengths = lengths;
+  p.max_length = longest;
+  p.lengths = lengths;
 
   const int64_t q_count = int64_t{batch} * problem.tokens * heads * dim;
   p.q = own(device_array<uint16_t>(q_count, 0xFF));
@@ -246,7 +250,7 @@ inline KvOperands::KvOperands(const KvProblem& problem, int sm_count) {
     p.v_scale = own(to_device(scale));
   }
 
-  int pages = batch, capacity = longest + 37;
+  int pages = batch, capacity = longest + problem.spare_rows;
   p.page_size = capacity;
   if (problem.page_size > 0) {
     p.page_size = capacity = problem.page_size;

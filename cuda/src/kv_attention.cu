@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checks, workspace and dispatch of the KV attention kernels.
+#include <algorithm>
+
 #include "prefixquant/kv_attention_config.cuh"
 
 namespace prefixquant {
@@ -11,7 +13,14 @@ bool kv_attention_supports_dim(int dim) {
 KvAttentionWorkspace kv_attention_workspace(const KvAttentionGpuParams& p, int sm_count) {
   const size_t rows = static_cast<size_t>(p.batch) * p.kv_heads * kv_column_groups(p);
   const size_t slots = 2 * static_cast<size_t>(sm_count);  // two of a CTA
-  return {rows * sizeof(int), slots * kv_partial_floats(p.dim) * sizeof(float)};
+  // A counter a row; or, where each row has its own CTAs, the marked words of their units.
+  size_t counters = rows * sizeof(int);
+  if (rows > 0 && rows <= static_cast<size_t>(sm_count)) {
+    const size_t ctas = std::min<size_t>(kKvMaxRowCtas, sm_count / rows);
+    const size_t units = std::min(kKvColumns, p.tokens * p.group) * kv_spans(p.dim);
+    counters = std::max(counters, rows * ctas * units * kKvMarkedPairs * sizeof(KvMarkedPair));
+  }
+  return {counters, slots * kv_partial_floats(p.dim) * sizeof(float)};
 }
 
 void launch_kv_attention(const KvAttentionGpuParams& p, const DeviceInfo& device,

@@ -14,36 +14,10 @@
 #pragma once
 
 #include "prefixquant/kv_attention_attend.cuh"
+#include "prefixquant/kv_attention_begin.cuh"
 #include "prefixquant/kv_attention_finish.cuh"
 
 namespace prefixquant {
-
-// Starts bringing the first rows of a segment from memory to L2. Run before the kernels ahead in
-// the stream have finished, so all it reads may be old: it is a hint, and reads through L2 only.
-template <typename C>
-__device__ __forceinline__ void prefetch_segment(const KvAttentionArgs& a, const KvSegment& s,
-                                                 int warp, int lane) {
-#if __CUDA_ARCH__ >= 900
-  const int begin = s.token_begin(a.rows);
-  const int rows = min(s.token_end(a.rows) - begin, a.prefetch_bytes / (2 * C::kRowBytes));
-  const int step = a.cache.run;
-#pragma unroll 1
-  for (int row = (warp * 32 + lane) * step; row < rows; row += C::kThreads * step) {
-    int page = s.b, in_page = begin + row;
-    if (a.cache.block_table != nullptr) {
-      const int entry = a.cache.page_size.divide(begin + row, in_page);
-      page = __ldcg(a.cache.block_table + s.b * a.cache.block_table_stride + entry);
-      if (page < 0 || page >= a.cache.pages) continue;
-    }
-    const int bytes = min(step, rows - row) * C::kRowBytes;
-    const int64_t in_head = static_cast<int64_t>(in_page) * C::kRowBytes;
-    prefetch_l2(a.cache.k + page * a.cache.k_page_stride + s.head * a.cache.k_head_stride + in_head,
-                bytes);
-    prefetch_l2(a.cache.v + page * a.cache.v_page_stride + s.head * a.cache.v_head_stride + in_head,
-                bytes);
-  }
-#endif
-}
 
 // What a warp needs seldom: in shared memory, because registers decide how many CTAs an SM holds.
 struct alignas(16) KvWarpPlan {
@@ -54,9 +28,9 @@ struct alignas(16) KvWarpPlan {
 
 template <typename C>
 inline int kv_attention_smem_bytes(int merge_columns) {
-  const int piece = (kKvPieceHead + merge_columns * C::kPitch) * 4;
   const int plan = static_cast<int>(sizeof(KvWarpPlan));
-  return C::kWarps * (C::Ring::kBytes + 8 * C::kStages + plan + piece) + 16;
+  return C::kWarps * (C::Ring::kBytes + 8 * C::kStages + plan) +
+         KvMergeAreaOf<C>::floats(merge_columns) * 4 + 16;
 }
 
 // Keeps what all lanes have computed alike.
@@ -71,8 +45,7 @@ __device__ __forceinline__ void keep(T& to, const T& from, int lane) {
 // stream have finished. Lengths seldom change this late: what was planned with the early ones is
 // checked, not redone. The loop keeps one copy of the code: cold instructions cost, too.
 template <typename C>
-__device__ __forceinline__ bool plan_warp(const KvAttentionArgs& a, KvWarpPlan& plan, int warp,
-                                          int lane) {
+__device__ __forceinline__ bool plan_warp(const KvAttentionArgs& a, KvWarpPlan& plan, int lane) {
   KvSchedule schedule;
   KvSegment segment;
 #pragma unroll 1
@@ -80,34 +53,16 @@ __device__ __forceinline__ bool plan_warp(const KvAttentionArgs& a, KvWarpPlan& 
     const int planned = lane_length(a.rows, lane);
     segment = kv_first_segment(a.rows, schedule, planned, lane);
     if (!early) break;
-    if (segment.remaining >= 0) prefetch_segment<C>(a, segment, warp, lane);
+    if (segment.remaining >= 0) {
+      prefetch_rows<C>(a, segment.b, segment.head, segment.token_begin(a.rows),
+                       segment.token_end(a.rows));
+    }
     grid_dependency_wait();
     const bool same = a.rows.batch <= 32 && lane_length(a.rows, lane) == planned;
     if (__all_sync(~0u, same)) break;
   }
   keep(plan, {segment, segment, schedule}, lane);
   return segment.remaining >= 0;
-}
-
-// An empty state for the segment's row; the prefix tokens go with its first chunk.
-template <typename C>
-__device__ __forceinline__ void begin_segment(KvWarpState<C>& state, const KvAttentionArgs& a,
-                                              const KvSegment& segment, int warp, int lane) {
-  const KvRow row(a, segment);
-  const bool has_prefix = segment.first == 0 && warp < a.prefix;
-  KvPrefixToken<C> prefix;
-  if (has_prefix) prefix.load(a, row, warp, lane);
-  const float v_scale = scale_of(a.v_scale, row.head);
-  const KvQueries<C> queries(a, row, lane);
-  begin_row<C>(state, queries, a, scale_of(a.k_scale, row.head), lane);
-  if (!has_prefix) return;
-#pragma unroll 1
-  for (int token = warp;;) {
-    attend_prefix<C>(state, queries, prefix, a, v_scale, lane);
-    token += C::kWarps;
-    if (token >= a.prefix) break;
-    prefix.load(a, row, token, lane);
-  }
 }
 
 template <typename C>
@@ -118,10 +73,9 @@ __device__ __forceinline__ void attend_cta(const KvAttentionArgs& a, unsigned ch
   KvWarpPlan& plan = reinterpret_cast<KvWarpPlan*>(barriers + C::kWarps * C::kStages)[warp];
   float* const merge = reinterpret_cast<float*>(barriers + C::kWarps * C::kStages) +
                        C::kWarps * (sizeof(KvWarpPlan) / 4);
-  int* const last_flag =
-      reinterpret_cast<int*>(merge + C::kWarps * (kKvPieceHead + a.merge_columns * C::kPitch));
+  int* const last_flag = reinterpret_cast<int*>(merge + KvMergeAreaOf<C>::floats(a.merge_columns));
   Ring ring(smem + warp * Ring::kBytes, barriers + warp * C::kStages, lane);
-  if (!plan_warp<C>(a, plan, warp, lane)) return;
+  if (!plan_warp<C>(a, plan, lane)) return;
 
   // The producing side of this warp runs kStages tiles ahead, across segments.
   constexpr int kStep = C::kWarps * C::kTokens;
@@ -155,7 +109,11 @@ __device__ __forceinline__ void attend_cta(const KvAttentionArgs& a, unsigned ch
 #pragma unroll 1
   while (true) {
     KvWarpState<C> state;
-    begin_segment<C>(state, a, plan.segment, warp, lane);
+    {
+      const KvRow row(a, plan.segment);
+      KvRowLoads<C> loads(a, row, plan.segment.first == 0 ? warp : a.prefix, lane);
+      begin_segment<C>(state, a, row, loads, lane);
+    }
     const int end = plan.segment.token_end(a.rows);
 #pragma unroll 1
     for (int token = plan.segment.token_begin(a.rows) + warp * C::kTokens; token < end;

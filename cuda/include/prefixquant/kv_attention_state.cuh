@@ -33,9 +33,11 @@ struct KvAttentionArgs {
   int kv_heads;
   int group;  // query heads of a KV head
   FastDivisor by_group;
-  int prefetch_bytes;  // of a CTA before the kernels ahead have finished
-  int merge_columns;   // columns that the merge area has room for
-  float logit_scale;   // scaling * log2(e)
+  int prefetch_bytes;       // of a CTA before the kernels ahead have finished
+  int merge_columns;        // columns that the merge area has room for
+  FastDivisor by_row_ctas;  // the CTAs of a row, where their number is fixed
+  int cluster_shift;        // log2 of them where they are a cluster, else 0
+  float logit_scale;        // scaling * log2(e)
   void* out;
   const float* output_scale;
   int output_qmin;

@@ -28,11 +28,9 @@ struct KvCacheView {
   int run;  // rows from a multiple of `run` on lie in one page; a power of two
 };
 
-// Asks L2 to fetch `bytes` from memory; address and size are multiples of 16. A hint.
-__device__ __forceinline__ void prefetch_l2(const void* from, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(from), "r"(bytes) : "memory");
-#endif
+// Asks L2 to fetch a line from memory. A hint.
+__device__ __forceinline__ void prefetch_l2(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
 template <int kTokens, int kRowBytes, int kStages, bool kBulk>
