@@ -14,7 +14,7 @@ template <typename C>
 __device__ __forceinline__ void prefetch_rows(const KvAttentionArgs& a, int b, int head, int begin,
                                               int end) {
   constexpr int kLine = 128;
-  const int bytes = min((end - begin) * C::kRowBytes, a.prefetch_bytes / 2);
+  const int bytes = min(end - begin, a.prefetch_bytes / (2 * C::kRowBytes)) * C::kRowBytes;
 #pragma unroll 1
   for (int at = threadIdx.x * kLine; at < bytes; at += C::kThreads * kLine) {
     const int row = begin + at / C::kRowBytes;

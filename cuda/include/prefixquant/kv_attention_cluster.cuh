@@ -8,8 +8,7 @@
 // Split: CTA r of the row's n takes tiles [r T / n, (r + 1) T / n) of its T, the warps in turn.
 // Merge: the warps' pieces in shared memory; then, by units of 64 channels of a column,
 //   cluster   unit u of every CTA goes to CTA u % n through distributed shared memory, completing
-//   on
-//             its mbarrier, and one warp there puts the n together
+//             on its mbarrier, and one warp there puts the n together
 //   others    to CTA n - 1 - u through global memory, in words that carry a mark of being there
 //             (kv_attention_marked.cuh): one way there and no fence
 // Order: pieces are added in the order of the CTAs: the same bits every time.
@@ -82,10 +81,11 @@ __device__ __forceinline__ KvMergedUnit merge_received(const KvReceivedUnit& rec
 #pragma unroll
   for (int j = 0; j < kKvMaxCluster; j += 2) {
     const float4 two = *reinterpret_cast<const float4*>(received.head(j));
-    top[j] = j < received.ctas ? two.x : minus_infinity(),
-    total[j] = j < received.ctas ? two.y : 0.0f;
-    top[j + 1] = j < received.ctas ? two.z : minus_infinity(),
-            total[j + 1] = j < received.ctas ? two.w : 0.0f;
+    const bool there = j < received.ctas;  // and so is j + 1
+    top[j] = there ? two.x : minus_infinity();
+    total[j] = there ? two.y : 0.0f;
+    top[j + 1] = there ? two.z : minus_infinity();
+    total[j + 1] = there ? two.w : 0.0f;
   }
 #pragma unroll
   for (int j = 0; j < kKvMaxCluster; ++j) {
@@ -100,8 +100,9 @@ __device__ __forceinline__ KvMergedUnit merge_received(const KvReceivedUnit& rec
   return merged;
 }
 
-// The CTA that puts a unit together through global memory: one of the last, which wait for few that
-// come after them in the grid.
+// The CTA that puts a unit together through global memory. It waits for all others of the row, also
+// for those behind it in the grid: the launch has no more CTAs than SMs, a row's follow each other,
+// and only its last ones wait, so that a row that has begun gets its CTAs.
 __device__ __forceinline__ int collector_of(int unit, int ctas) {
   while (unit >= ctas) unit -= ctas;
   return ctas - 1 - unit;
