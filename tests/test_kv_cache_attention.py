@@ -240,8 +240,8 @@ def test_opcheck():
         names = ("k_cache", "v_cache", "k_scale", "v_scale", "prefix_k", "prefix_v", "kv_bits")
         same = [inputs[name] for name in names]
         for tokens in (4, 40):
-            arguments = (torch.randn(tokens, 6, 64), *same, 90 - tokens, 0.1, 4)
+            arguments = (torch.randn(tokens, 6, 64), *same, [90 - tokens], [tokens], 0.1, 4)
             torch.library.opcheck(
                 torch.ops.prefixquant.kv_prefill_attention.default,
-                (*arguments, inputs["block_table"]),
+                (*arguments, inputs["block_table"], None, 8),
             )

@@ -13,7 +13,7 @@ from prefixquant.ops import quantize_dynamic
 from prefixquant.quantize import quantize
 from prefixquant.runtime import Runtime, Sampling, decoder
 from prefixquant.runtime.cache import StaticCache
-from prefixquant.runtime.chunks import Segment, equal_runs, split_prompts
+from prefixquant.runtime.chunks import split_prompts
 from prefixquant.runtime.graphs import length_bound, places_for
 from prefixquant.runtime.head import make_head
 from prefixquant.runtime.sampling import argmax, argmax_of_parts, choose, filtered_logits
@@ -136,13 +136,6 @@ def test_split_prompts():
         [(2, 4, [9], True), (3, 0, [10, 11], True)],
         [(4, 0, [12, 13, 14], True)],  # fits into a chunk, so it is not split
     ]
-
-
-def test_equal_runs():
-    places = [(0, 0, 3), (1, 0, 3), (3, 0, 3), (4, 0, 2), (5, 0, 2), (6, 1, 2), (7, 1, 2)]
-    segments = [Segment(page, start, [5] * n, True) for page, start, n in places]
-    runs = [[s.sequence for s in run] for run in equal_runs(segments)]
-    assert runs == [[0, 1], [3], [4, 5], [6, 7]]
 
 
 def test_equal_prompts_together_and_one_by_one(folder):

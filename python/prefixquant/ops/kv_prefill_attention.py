@@ -3,6 +3,7 @@
 """Causal attention of the new tokens of sequences over the prefix and the cached rows."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ _QUERY_CHUNK = 512
 
 
 class KvPrefillAttentionArguments(NamedTuple):
-    """The arguments of the operation, in the order of its schema and by the names of ``_C``."""
+    """The arguments of the operation, in the order of its schema."""
 
     q: Tensor
     k_cache: Tensor
@@ -35,21 +36,26 @@ class KvPrefillAttentionArguments(NamedTuple):
     prefix_k: Tensor
     prefix_v: Tensor
     kv_bits: int
-    start: int
+    starts: list[int]
+    counts: list[int]
     scaling: float
     sequence: int
     block_table: Tensor | None
-    sequences: int = 1
-    output_scale: Tensor | None = None
-    output_bits: int = 8
+    output_scale: Tensor | None
+    output_bits: int
 
 
-def check_sequences(q: Tensor, sequences: int) -> None:
-    """The queries must divide into so many sequences."""
-    if sequences < 1 or q.shape[0] % sequences:
+def check_counts(q: Tensor, starts: list[int], counts: list[int]) -> None:
+    """The queries must divide into segments of so many tokens."""
+    if not counts or min(counts) < 0 or sum(counts) != q.shape[0]:
         raise ValueError(
-            "kv_prefill_attention: sequences: expected at least 1 and a divisor of the "
-            f"{q.shape[0]} rows of q, got {sequences}"
+            "kv_prefill_attention: counts: expected numbers of 0 or more that sum to the "
+            f"{q.shape[0]} rows of q, got {counts}"
+        )
+    if len(starts) != len(counts):
+        raise ValueError(
+            f"kv_prefill_attention: start: expected one, or one for each of the {len(counts)} "
+            f"sequences, got {starts}"
         )
 
 
@@ -61,18 +67,17 @@ def _kv_prefill_attention_fake(*arguments) -> Tensor:
 def _kv_prefill_attention_cpu(*arguments) -> Tensor:
     a = KvPrefillAttentionArguments(*arguments)
     out = empty_output(a.q)
-    check_sequences(a.q, a.sequences)
-    tokens = a.q.shape[0] // a.sequences
-    for index in range(a.sequences):
-        rows = slice(index * tokens, (index + 1) * tokens)
-        one = a._replace(q=a.q[rows], sequence=a.sequence + index)
-        _attend_sequence(one, out[rows])
+    check_counts(a.q, a.starts, a.counts)
+    pieces = zip(a.q.split(a.counts), out.split(a.counts), a.starts, strict=True)
+    for index, (q, own, start) in enumerate(pieces):
+        _attend_sequence(a, q, start, a.sequence + index, own)
     return out if a.output_scale is None else quantize_static(out, a.output_scale, a.output_bits)
 
 
-def _attend_sequence(a: KvPrefillAttentionArguments, out: Tensor) -> None:
-    """Writes out [T, Hq * D] of one sequence."""
-    q, start = a.q, a.start
+def _attend_sequence(
+    a: KvPrefillAttentionArguments, q: Tensor, start: int, sequence: int, out: Tensor
+) -> None:
+    """q [T, Hq, D] -> out [T, Hq * D]"""
     # With more tokens the kernel gets none of them: then it only checks the arguments.
     packed = q.shape[0] if q.shape[0] <= _PACKED_QUERY_TOKENS else 0
     _C.kv_prefill_attention(
@@ -86,7 +91,7 @@ def _attend_sequence(a: KvPrefillAttentionArguments, out: Tensor) -> None:
         kv_bits=a.kv_bits,
         start=start if packed or start < 0 else start + q.shape[0],
         scaling=a.scaling,
-        sequence=a.sequence,
+        sequence=sequence,
         block_table=a.block_table,
         out=out[:packed],
     )
@@ -96,7 +101,7 @@ def _attend_sequence(a: KvPrefillAttentionArguments, out: Tensor) -> None:
     dtype = matmul_dtype(q.device) if q.dtype == torch.float32 else q.dtype
 
     def whole(prefix: Tensor, cache: Tensor, scale: Tensor | None) -> Tensor:
-        rows = _cached_rows(cache, scale, a.kv_bits, a.sequence, a.block_table, end, dtype)
+        rows = _cached_rows(cache, scale, a.kv_bits, sequence, a.block_table, end, dtype)
         return torch.cat((prefix.to(dtype)[None], rows), dim=2)
 
     keys = whole(a.prefix_k, a.k_cache, a.k_scale)
@@ -148,9 +153,9 @@ def _causal_mask(tokens: int, keys: int, dtype: torch.dtype) -> Tensor:
 
 _kv_prefill_attention = define(
     "kv_prefill_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scale,"
-    " Tensor? v_scale, Tensor prefix_k, Tensor prefix_v, int kv_bits, int start, float scaling,"
-    " int sequence, Tensor? block_table, int sequences=1, Tensor? output_scale=None,"
-    " int output_bits=8) -> Tensor",
+    " Tensor? v_scale, Tensor prefix_k, Tensor prefix_v, int kv_bits, int[] starts, int[] counts,"
+    " float scaling, int sequence, Tensor? block_table, Tensor? output_scale, int output_bits)"
+    " -> Tensor",
     fake=_kv_prefill_attention_fake,
     cpu=_kv_prefill_attention_cpu,
 )
@@ -165,40 +170,42 @@ def kv_prefill_attention(
     prefix_k: Tensor,
     prefix_v: Tensor,
     kv_bits: int,
-    start: int,
+    start: int | Sequence[int],
     scaling: float,
     sequence: int = 0,
     block_table: Tensor | None = None,
     *,
-    sequences: int = 1,
+    counts: Sequence[int] | None = None,
     output_scale: Tensor | None = None,
     output_bits: int = 8,
 ) -> Tensor:
-    """`kv_decode_attention` for T tokens each of some sequences, which are in the cache already.
+    """`kv_decode_attention` for some tokens of each sequence, which are in the cache already.
 
-    Token t attends the prefix and the cached rows 0 .. start + t of its sequence. Few tokens (16)
-    are computed in float32; more in q's dtype, or in bfloat16 for a float32 q on a CPU that
+    Token t of a sequence attends the prefix and the rows 0 .. start + t of that sequence. Up to 16
+    tokens are computed in float32; more in q's dtype, or in bfloat16 for a float32 q on a CPU that
     multiplies it faster.
 
     Args:
-        q: float32, bfloat16 or float16 [sequences * T, Hq, D], one sequence behind the other; D
-            even, the last dimension contiguous.
+        q: float32, bfloat16 or float16 [T, Hq, D], the tokens of one sequence behind those of the
+            other; D even, the last dimension contiguous.
         k_cache, v_cache, k_scale, v_scale, kv_bits: as for `rope_kv_append`.
         prefix_k, prefix_v, scaling: as for `kv_decode_attention`.
-        start: the row of the first token of each sequence, 0 or more.
+        start: the row of a sequence's first token, 0 or more; of all, or one for each.
         sequence: the page of the first sequence, or its row of the block table; the others follow.
         block_table: as for `kv_decode_attention`.
-        sequences: at least 1.
+        counts: the tokens of each sequence, T together; None: q is of one sequence.
         output_scale, output_bits: where a scale (float32 []) is given, the result is
             ``quantize_static(result in the dtype of q, output_scale, output_bits)``.
 
     Returns:
-        [sequences * T, Hq * D] in the dtype of q, or int8.
+        [T, Hq * D] in the dtype of q, or int8.
 
     Raises:
         ValueError: wrong dtype, device, shape or page, or rows beyond the cache; the message names
             the argument.
     """
+    if counts is None:
+        counts = [q.shape[0] if q.dim() else 0]
     return _kv_prefill_attention(
         q,
         k_cache,
@@ -208,11 +215,11 @@ def kv_prefill_attention(
         prefix_k,
         prefix_v,
         kv_bits,
-        start,
+        [start] * len(counts) if isinstance(start, int) else start,
+        counts,
         scaling,
         sequence,
         block_table,
-        sequences,
         output_scale,
         output_bits,
     )

@@ -45,31 +45,16 @@ def split_prompts(prompts: list[list[int]], chunk: int) -> Iterator[list[Segment
         yield segments
 
 
-def equal_runs(segments: list[Segment]) -> Iterator[list[Segment]]:
-    """Neighbours of equal start and length in pages one behind the other: they attend together."""
-    run = segments[:1]
-    for segment in segments[1:]:
-        last = run[-1]
-        if (segment.sequence, segment.start, len(segment.tokens)) == (
-            last.sequence + 1,
-            last.start,
-            len(last.tokens),
-        ):
-            run.append(segment)
-        else:
-            yield run
-            run = [segment]
-    yield run
-
-
 @dataclass(frozen=True)
 class Chunk:
-    """Segments that go through the blocks together: T tokens."""
+    """Segments that go through the blocks together: T tokens of neighbouring sequences."""
 
     tokens: Tensor  # int64 [T]
     positions: Tensor  # int32 [T]
     slots: Tensor  # int64 [T]
-    runs: list[list[Segment]]  # as `equal_runs` gives them
+    sequence: int  # the first one; the others follow
+    starts: list[int]  # of each sequence, the position of its first token here
+    counts: list[int]  # and its tokens
     # Of the E prompts whose last token is here; None: no prompt ends here.
     ends: Tensor | None  # int64 [E]: the rows of these tokens
     lengths: Tensor | None  # int32 [E]
@@ -84,7 +69,8 @@ class Chunk:
         rows = [cache.slots(s.sequence, s.start, len(s.tokens)) for s in segments]
         slots = torch.cat([torch.arange(r.start, r.stop) for r in rows])
         tokens, positions, slots = torch.stack((tokens, positions, slots)).to(device)
-        runs = list(equal_runs(segments))
+        numbers = [s.start for s in segments], [len(s.tokens) for s in segments]
+        all_of = (tokens, positions.int(), slots, segments[0].sequence, *numbers)
         ends = itertools.accumulate(len(s.tokens) for s in segments)
         numbers = [
             (end - 1, s.start + len(s.tokens), s.sequence)
@@ -92,6 +78,6 @@ class Chunk:
             if s.is_last
         ]
         if not numbers:
-            return cls(tokens, positions.int(), slots, runs, None, None, None)
+            return cls(*all_of, None, None, None)
         ends, lengths, pages = torch.tensor(numbers).T.contiguous().to(device)
-        return cls(tokens, positions.int(), slots, runs, ends, lengths.int(), pages.int()[:, None])
+        return cls(*all_of, ends, lengths.int(), pages.int()[:, None])

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from prefixquant import ops
 from prefixquant.runtime.cache import StaticCache
-from prefixquant.runtime.chunks import Chunk, Segment, split_prompts
+from prefixquant.runtime.chunks import Chunk, split_prompts
 from prefixquant.runtime.weights import Block, Weights
 
 # Tokens that go through the blocks at a time: it bounds the memory of a prefill (the widest tensor
@@ -125,36 +125,29 @@ class Decoder:
                     layer, q, cache, chunk.lengths, cache.capacity, chunk.ended_pages
                 )
             else:
-                attended = self._attend_chunk(layer, q, cache, chunk.runs)
+                attended = self._attend_chunk(layer, q, cache, chunk)
             hidden = self._behind_attention(block, hidden, attended)
         return hidden
 
-    def _attend_chunk(
-        self, layer: int, q: Tensor, cache: StaticCache, runs: list[list[Segment]]
-    ) -> Tensor:
-        """q [T, Hq, D] of whole segments -> int8 [T, Hq * D]"""
+    def _attend_chunk(self, layer: int, q: Tensor, cache: StaticCache, chunk: Chunk) -> Tensor:
+        """q [T, Hq, D] -> int8 [T, Hq * D]"""
         block = self.weights.blocks[layer]
-        sizes = [len(run) * len(run[0].tokens) for run in runs]
-        pieces = [
-            ops.kv_prefill_attention(
-                piece,
-                cache.keys[layer],
-                cache.values[layer],
-                block.k_scale,
-                block.v_scale,
-                block.prefix_key,
-                block.prefix_value,
-                self.weights.kv_bits,
-                run[0].start,
-                self.scaling,
-                run[0].sequence,
-                sequences=len(run),
-                output_scale=block.o.input_scale,
-                output_bits=block.o.bits[1],
-            )
-            for run, piece in zip(runs, q.split(sizes), strict=True)
-        ]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return ops.kv_prefill_attention(
+            q,
+            cache.keys[layer],
+            cache.values[layer],
+            block.k_scale,
+            block.v_scale,
+            block.prefix_key,
+            block.prefix_value,
+            self.weights.kv_bits,
+            chunk.starts,
+            self.scaling,
+            chunk.sequence,
+            counts=chunk.counts,
+            output_scale=block.o.input_scale,
+            output_bits=block.o.bits[1],
+        )
 
     # ---- one token of each sequence ----
 
