@@ -136,6 +136,28 @@ def test_gpu_equal_prompts_together(gpu_pair, monkeypatch, least_work):
 
 
 @pytest.mark.gpu
+def test_gpu_prompt_graphs(gpu_pair):
+    """Operation by operation, captured, replayed: the same logits; nothing behind the prompt."""
+    runtime = gpu_pair[0]
+    runtime.reserve(1, 256)
+    cache = runtime.cache
+    for length in (1, 64, 65, 200, 3):
+        prompt = [(7 * i) % 90 + 2 for i in range(length)]
+        expected = prefill_logits(gpu_pair[1], [prompt])
+        for rows in (*cache.keys, *cache.values):
+            rows.fill_(0x35)
+        with torch.inference_mode():
+            found = [runtime._prefill([prompt]).clone() for _ in range(3)]
+        assert runtime.cache is cache
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+        assert_near(found[0].cpu(), expected)
+        assert all((rows[:, :, length:] == 0x35).all() for rows in (*cache.keys, *cache.values))
+    assert sorted(runtime._prompt_graphs._graphs) == [64, 128, 256]
+    assert runtime.generate([[5] * 200], 4) == runtime.generate([[5] * 200], 4)
+
+
+@pytest.mark.gpu
 def test_gpu_graph_equals_the_operations(gpu_pair):
     """Tokens of replayed graphs against steps that are launched one operation at a time."""
     from prefixquant.runtime.decoder import Step

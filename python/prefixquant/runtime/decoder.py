@@ -105,12 +105,12 @@ class Decoder:
         )
         for segments in split_prompts(prompts, _CHUNK_TOKENS):
             chunk = Chunk.of(segments, cache)
-            hidden = self._prefill_chunk(chunk, cache)
+            hidden = self.prefill_chunk(chunk, cache)
             if hidden is not None:
                 last[chunk.ended_pages[:, 0]] = hidden
         return self.logits(last)
 
-    def _prefill_chunk(self, chunk: Chunk, cache: StaticCache) -> Tensor | None:
+    def prefill_chunk(self, chunk: Chunk, cache: StaticCache) -> Tensor | None:
         """[prompts that end here, C], behind the last token of each; None: no prompt ends."""
         weights = self.weights
         hidden = self.embed(chunk.tokens)

@@ -12,7 +12,7 @@ from prefixquant.errors import OutOfMemoryError, UserError
 from prefixquant.runtime.cache import StaticCache
 from prefixquant.runtime.cpu_step import CpuStep
 from prefixquant.runtime.decoder import Decoder, Step
-from prefixquant.runtime.graphs import DecodeGraphs, places_for
+from prefixquant.runtime.graphs import DecodeGraphs, PromptGraphs, places_for
 from prefixquant.runtime.sampling import Sampling, choose
 from prefixquant.runtime.weights import Weights, load_weights
 
@@ -45,6 +45,7 @@ class Runtime:
         self.decoder = Decoder(weights)
         self.cache: StaticCache | None = None
         self._graphs: dict[int, DecodeGraphs] = {}  # by the number of places
+        self._prompt_graphs: PromptGraphs | None = None
         self._cpu_step: CpuStep | None = None
 
     @classmethod
@@ -151,7 +152,7 @@ class Runtime:
         places = places_for(batch, self.weights.device)
         generator = sampling.generator(self.weights.device)
         step = Step.after(lengths, places, self.cache)
-        logits = self.decoder.prefill(prompts, self.cache)
+        logits = self._prefill(prompts)
         step.tokens[:batch] = choose(logits, sampling, generator)
         if self.weights.device.type != "cuda":
             for count in range(1, max_new_tokens + 1):
@@ -177,6 +178,15 @@ class Runtime:
             pending = following
         yield pending.tokens()
 
+    def _prefill(self, prompts: list[list[int]]) -> Tensor:
+        """float32 [B, V], the logits behind the prompts, which are then in the cache."""
+        logits = None
+        if self.weights.device.type == "cuda" and len(prompts) == 1:
+            if self._prompt_graphs is None:
+                self._prompt_graphs = PromptGraphs(self.decoder, self.cache)
+            logits = self._prompt_graphs.logits(prompts[0])
+        return self.decoder.prefill(prompts, self.cache) if logits is None else logits
+
     # ---- memory ----
 
     @torch.inference_mode()
@@ -197,7 +207,7 @@ class Runtime:
             self._cpu_step = CpuStep(self.decoder, self.cache)
 
     def _drop_cache(self) -> None:
-        self.cache, self._graphs, self._cpu_step = None, {}, None
+        self.cache, self._graphs, self._prompt_graphs, self._cpu_step = None, {}, None, None
         if self.weights.device.type == "cuda":
             torch.cuda.empty_cache()
 
