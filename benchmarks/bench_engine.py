@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generation end to end on a GPU: the runtime beside transformers' compiled FP16, random weights.
 
-Decode at batch 1 and 16 with 512 tokens of context, prefill of 8 x 2048, decode of 16 x 8192 with a
-4-bit and with a 16-bit cache, in one process; Llama-3-70B alone. Writes engine.json under
+Decode at batch 1 and 16 with 512 tokens of context, prefill of 1 and 8 x 2048, decode of 16 x 8192
+with a 4-bit and with a 16-bit cache, in one process; Llama-3-70B alone. Writes engine.json under
 benchmarks/results/<gpu>; `python benchmarks/targets.py engine` holds it against the targets.
 
     python benchmarks/bench_engine.py [--shapes llama-3-8b llama-3-70b] [--no-baseline]
@@ -30,6 +30,7 @@ from timing import environment, read_bandwidth, results_folder, write_json
 CASES = {
     "decode-1x512": Case(1, 512, 64),
     "decode-16x512": Case(16, 512, 64),
+    "prefill-1x2048": Case(1, 2048, 1),
     "prefill-8x2048": Case(8, 2048, 1),
 }
 _LONG_CONTEXT = 4096  # a round of more takes seconds and hardly varies
