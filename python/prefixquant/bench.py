@@ -3,7 +3,7 @@
 
 What is timed is the public way to generate, greedy and without stop tokens: the time to the first
 token is the prefill, the mean time between the following ones is the decode step. Everything runs
-once before it is timed, so that kernels are chosen, graphs captured and models compiled.
+before it is timed, so that kernels are chosen, graphs captured and models compiled.
 """
 
 import statistics
@@ -22,6 +22,7 @@ from prefixquant.progress import SILENT, Progress
 from prefixquant.runtime import Runtime
 from prefixquant.runtime.random_weights import SHAPES, random_weights, shape_config
 
+WARM_UPS = 2  # short prompts are captured at the second
 ROUNDS = 3
 
 
@@ -60,9 +61,10 @@ Generate = Callable[[torch.Tensor, int], tuple[float, float]]
 def measure(
     generate: Generate, case: Case, vocab: int, device: torch.device, rounds: int | None = None
 ) -> Speed:
-    """Times a candidate on a case: one round to warm up, then ``rounds``; None: `ROUNDS`."""
+    """Times a candidate on a case: `WARM_UPS` and then ``rounds``; None: `ROUNDS`."""
     prompts = case.prompts(vocab)
-    generate(prompts, case.new_tokens)
+    for _ in range(WARM_UPS if rounds is None else 1):
+        generate(prompts, case.new_tokens)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     times = [generate(prompts, case.new_tokens) for _ in range(rounds or ROUNDS)]
