@@ -40,7 +40,7 @@ def transposed_matrix(block: int) -> Tensor:
     matrix = (hadamard_signs(k).T if k > 1 else torch.ones(1, 1)).to("cuda", torch.bfloat16)
     two = torch.tensor([[1, 1], [1, -1]], device="cuda", dtype=torch.bfloat16)
     for _ in range(pow2.bit_length() - 1):
-        matrix = torch.kron(matrix, two)
+        matrix = torch.kron(matrix.contiguous(), two)
     return (matrix * block**-0.5).contiguous()
 
 

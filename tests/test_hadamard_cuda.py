@@ -167,9 +167,11 @@ def test_rate_of_differing_levels_after_swiglu():
 
 
 def test_a_block_beyond_shared_memory_is_refused():
-    x = torch.zeros(1, 2**17, dtype=torch.float16, device="cuda")
-    with pytest.raises(ValueError, match="block_size: expected at most"):
-        ops.hadamard(x, None, 2**17)
+    # The CTAs of a cluster share a block of 16 bits; one of 32 bits is one CTA's.
+    for dtype, size in ((torch.float16, 2**20), (torch.float32, 2**17)):
+        x = torch.zeros(1, size, dtype=dtype, device="cuda")
+        with pytest.raises(ValueError, match="block_size: expected at most"):
+            ops.hadamard(x, None, size)
 
 
 def test_streams_and_graphs():

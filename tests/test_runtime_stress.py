@@ -144,9 +144,9 @@ def test_gpu_prompt_graphs(gpu_pair):
     for length in (1, 64, 65, 200, 3):
         prompt = [(7 * i) % 90 + 2 for i in range(length)]
         expected = prefill_logits(gpu_pair[1], [prompt])
-        for rows in (*cache.keys, *cache.values):
-            rows.fill_(0x35)
-        with torch.inference_mode():
+        with torch.inference_mode():  # as the cache was made
+            for rows in (*cache.keys, *cache.values):
+                rows.fill_(0x35)
             found = [runtime._prefill([prompt]).clone() for _ in range(3)]
         assert runtime.cache is cache
         assert torch.equal(found[0], found[1])

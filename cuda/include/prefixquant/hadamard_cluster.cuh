@@ -213,7 +213,9 @@ __device__ __forceinline__ void finish_outputs(const HadamardClusterArgs& p, uin
     if constexpr (Q > 0) {
       add_picked<Q>(p, t, y);
     } else {
-      butterflies_between_rows(p, *reinterpret_cast<const float4*>(kept), y);
+      float4 x = {};  // lanes without a task have no partner with one
+      if (mine) x = *reinterpret_cast<const float4*>(kept);
+      butterflies_between_rows(p, x, y);
     }
     if (keep) {
       if (mine) *reinterpret_cast<float4*>(kept) = make_float4(y[0], y[1], y[2], y[3]);

@@ -118,10 +118,12 @@ class SparseOutliers(FixedDtypeModule):
         """``x @ S.T`` in float32: x of any dtype [..., K] -> [..., N]."""
         rows = x.reshape(-1, self.shape[1]).float()
         places = torch.stack((self.index // self.shape[1], self.index % self.shape[1]))
-        sparse = torch.sparse_coo_tensor(
-            places, self.value.float(), self.shape, is_coalesced=True, check_invariants=False
-        )
-        return torch.sparse.mm(sparse, rows.T).T.reshape(*x.shape[:-1], self.shape[0])
+        # The indices were checked when the checkpoint was read.
+        with torch.sparse.check_sparse_tensor_invariants(enable=False):
+            sparse = torch.sparse_coo_tensor(
+                places, self.value.float(), self.shape, is_coalesced=True
+            )
+            return torch.sparse.mm(sparse, rows.T).T.reshape(*x.shape[:-1], self.shape[0])
 
 
 class QuantLinear(FixedDtypeModule):
