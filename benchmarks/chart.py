@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A line chart as SVG text, standard library only: one line a kernel, M on a logarithmic axis."""
+"""Charts as SVG text, standard library only."""
 
 import math
 from html import escape
@@ -10,7 +10,10 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 190, 50, 50
 
 
 def speedup_chart(lines: dict[str, dict[int, float | None]], title: str) -> str:
-    """``lines``: name -> {M: speedup or None}. A gap in a line is a shape its kernel cannot run."""
+    """One line a kernel, M on a logarithmic axis.
+
+    ``lines``: name -> {M: speedup or None}. A gap in a line is a shape its kernel cannot run.
+    """
     tokens = sorted({m for line in lines.values() for m in line})
     values = [v for line in lines.values() for v in line.values() if v]
     top = math.ceil(max(values, default=1.0) + 0.2)
@@ -53,4 +56,33 @@ def speedup_chart(lines: dict[str, dict[int, float | None]], title: str) -> str:
             f'<rect x="{_WIDTH - _RIGHT + 16}" y="{y - 9}" width="12" height="12" fill="{color}"/>'
             f'<text x="{_WIDTH - _RIGHT + 34}" y="{y + 1}">{escape(name)}</text>'
         )
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+_BAR, _BAR_LEFT = 26, 210
+
+
+def speedup_bars(bars: dict[str, float], title: str) -> str:
+    """``bars``: name -> speedup. The line at 1 is the peer."""
+    height = _TOP + (_BAR + 8) * len(bars) + 20
+    per_unit = (_WIDTH - _BAR_LEFT - 70) / max(*bars.values(), 1.0)
+    peer = _BAR_LEFT + per_unit
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
+        f'<text x="20" y="24" font-size="15">{escape(title)}</text>',
+    ]
+    for i, (name, value) in enumerate(bars.items()):
+        y = _TOP + (_BAR + 8) * i
+        width = value * per_unit
+        parts.append(
+            f'<text x="{_BAR_LEFT - 10}" y="{y + 17}" text-anchor="end">{escape(name)}</text>'
+            f'<rect x="{_BAR_LEFT}" y="{y}" width="{width:.1f}" height="{_BAR}" '
+            f'fill="{_COLORS[0]}"/>'
+            f'<text x="{_BAR_LEFT + width + 8:.1f}" y="{y + 17}">{value:.2f}x</text>'
+        )
+    parts.append(
+        f'<line x1="{peer:.1f}" x2="{peer:.1f}" y1="{_TOP - 8}" y2="{height - 16}" stroke="#444"/>'
+    )
     return "\n".join([*parts, "</svg>"]) + "\n"

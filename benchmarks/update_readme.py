@@ -6,7 +6,8 @@ Usage: python benchmarks/update_readme.py [--check]
 A result file holds ``"table"`` (a name), ``"columns"``, ``"rows"``, and may hold ``"title"`` and
 ``"note"``, beside whatever else was recorded (environment, protocol, samples). A document names a
 table between ``<!-- table:name -->`` and ``<!-- /table -->``; every file of that name goes there,
-in the order of the file names. ``--check`` writes nothing and fails where a document would change.
+in the order of the file names. engine.svg is drawn beside each engine.json. ``--check`` writes
+nothing and fails where a document or a chart would change.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import json
 import re
 import sys
 from pathlib import Path
+
+from chart import speedup_bars
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/runtime.md"))
@@ -62,9 +65,11 @@ _GEMM_NAMES = {
 }
 
 
-def _ratio(value: float | None) -> str | None:
-    """Three digits: the spread of a timing is about a percent."""
-    return None if value is None else f"{value:.3g}"
+def _three_digits(value: float | None) -> str | None:
+    """The spread of a timing is about a percent."""
+    if value is None:
+        return None
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def gemm_summary(result: dict) -> dict:
@@ -76,7 +81,7 @@ def gemm_summary(result: dict) -> dict:
         "title": f"Speedup over cuBLAS FP16, {result['environment']['gpu']}, geometric mean over "
         "the linears of Llama-3 8B and 70B",
         "columns": ["tokens", *(_GEMM_NAMES.get(name, name.upper()) for name in lines)],
-        "rows": [[m, *(_ratio(line.get(str(m))) for line in lines.values())] for m in sizes],
+        "rows": [[m, *(_three_digits(line.get(str(m))) for line in lines.values())] for m in sizes],
         "note": "W4A4, W4A8 and W8A8 are this package, the others its peers in the same run (at "
         f"{result['environment']['commit'][:10]}); an empty cell was not measured.",
     }
@@ -111,11 +116,90 @@ def solver_summary(result: dict) -> dict:
     }
 
 
+_ENGINE_CASES = {  # label -> (case, key)
+    "prefill 1 x 512": ("decode-1x512", "prefill_ms"),
+    "prefill 1 x 2048": ("prefill-1x2048", "prefill_ms"),
+    "prefill 16 x 512": ("decode-16x512", "prefill_ms"),
+    "prefill 8 x 2048": ("prefill-8x2048", "prefill_ms"),
+    "decode 1 x 512": ("decode-1x512", "decode_ms"),
+    "decode 16 x 512": ("decode-16x512", "decode_ms"),
+    "decode 16 x 8192": ("decode-16x8192", "decode_ms"),
+}
+
+
+def engine_comparison(result: dict) -> list[list]:
+    """Rows of shape, case, our ms, the peer's, their ratio, the floor of the bytes read, GB."""
+
+    def best(shape: str, case: str, key: str, model: str) -> dict | None:
+        rows = [
+            row
+            for row in result["measured"]
+            if (row["shape"], row["case"]) == (shape, case)
+            and row["model"].startswith(model)
+            and row[key] is not None
+        ]
+        return min(rows, key=lambda row: row[key], default=None)
+
+    rows = []
+    for shape in dict.fromkeys(row["shape"] for row in result["measured"]):
+        for label, (case, key) in _ENGINE_CASES.items():
+            ours = best(shape, case, key, "prefixquant W4A8KV4")
+            peer = best(shape, case, key, "transformers")
+            if ours is None:
+                continue
+            floor = sum(ours["step_bytes"].values()) / result["read_bytes_per_second"] * 1e3
+            rows.append(
+                [
+                    shape,
+                    label,
+                    ours[key],
+                    peer and peer[key],
+                    peer and peer[key] / ours[key],
+                    floor if key == "decode_ms" else None,
+                    ours["memory_gb"],
+                    peer and peer["memory_gb"],
+                ]
+            )
+    return rows
+
+
+def engine_summary(result: dict) -> dict:
+    """An ``engine`` file as one row a case: the quicker of our heads beside the peer."""
+    return {
+        "table": "engine-speedup",
+        "title": f"Generation, W4A8KV4 beside transformers' compiled FP16, "
+        f"{result['environment']['gpu']}, random weights",
+        "columns": [
+            *("shape", "batch x context", "ms", "transformers, ms", "speedup"),
+            *("floor, ms", "GB", "transformers, GB"),
+        ],
+        "rows": [
+            [*row[:2], *(_three_digits(v) for v in row[2:])] for row in engine_comparison(result)
+        ],
+        "note": "Of a decode step, or of a prefill. Floor: the bytes of weights, lm_head and cache "
+        "that a step must read, at the measured read bandwidth. Empty: not measured. "
+        f"{result['note']}",
+    }
+
+
+def engine_chart(result: dict) -> str:
+    bars = {row[1]: row[4] for row in engine_comparison(result) if row[4]}
+    gpu = result["environment"]["gpu"]
+    return speedup_bars(bars, f"Llama-3-8B over transformers' compiled FP16, {gpu}")
+
+
+def charts(folder: Path) -> dict[Path, str]:
+    """Chart files and what they should hold."""
+    found = {p: json.loads(p.read_text(encoding="utf-8")) for p in folder.rglob("engine.json")}
+    return {p.with_suffix(".svg"): engine_chart(result) for p, result in found.items()}
+
+
 def load_results(folder: Path) -> list[dict]:
     found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.rglob("*.json"))]
     found = [r for r in found if isinstance(r, dict)]
     results = [r for r in found if "table" in r]
     results += [solver_summary(r) for r in found if r.get("experiment") == "weight-only solvers"]
+    results += [engine_summary(r) for r in results if r["table"] == "engine"]
     return results + [gemm_summary(r) for r in results if r["table"] == "gemm_w4"]
 
 
@@ -123,15 +207,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
     arguments = parser.parse_args()
-    results = load_results(ROOT / "benchmarks" / "results")
+    folder = ROOT / "benchmarks" / "results"
+    results = load_results(folder)
+    wanted = {p: update(p.read_text(encoding="utf-8"), results) for p in DOCUMENTS} | charts(folder)
     stale = False
-    for path in DOCUMENTS:
-        before = path.read_text(encoding="utf-8")
-        after = update(before, results)
-        stale |= before != after
-        if before != after and arguments.check:
+    for path, after in wanted.items():
+        if path.exists() and path.read_text(encoding="utf-8") == after:
+            continue
+        stale = True
+        if arguments.check:
             print(f"{path.name} differs from benchmarks/results: run benchmarks/update_readme.py")
-        elif before != after:
+        else:
             path.write_text(after, encoding="utf-8")
     return int(stale and arguments.check)
 

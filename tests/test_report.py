@@ -186,7 +186,9 @@ def test_text_helpers():
 # ---------------------------------------------------------------------------- README
 
 
-def load_update_readme():
+@pytest.fixture
+def update_readme(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # it imports its neighbour
     spec = importlib.util.spec_from_file_location(
         "update_readme", ROOT / "benchmarks" / "update_readme.py"
     )
@@ -195,15 +197,17 @@ def load_update_readme():
     return module
 
 
-def test_readme_tables_are_those_of_the_results():
-    module = load_update_readme()
+def test_readme_tables_are_those_of_the_results(update_readme):
+    module = update_readme
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     results = module.load_results(ROOT / "benchmarks" / "results")
     assert module.update(readme, results) == readme
+    for path, chart in module.charts(ROOT / "benchmarks" / "results").items():
+        assert path.read_text(encoding="utf-8") == chart
 
 
-def test_update_readme():
-    module = load_update_readme()
+def test_update_readme(update_readme):
+    module = update_readme
     text = "x\n<!-- table:a -->\nold\n<!-- /table -->\ny <!-- table:b -->\n<!-- /table -->"
     results = [
         {"table": "a", "title": "T", "columns": ["s", "n"], "rows": [["p", 1.23456], ["q", None]]},
