@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The list of what prefixquant._C offers. One line an operation; every argument is named; the GIL is
-// released while an operation runs.
+// The list of what prefixquant._C offers. One line an operation; every argument is named; the GIL
+// is released while an operation runs.
 #include "isa.h"
 #include "ops.h"
 #include "tensor_caster.h"
@@ -39,16 +39,17 @@ PYBIND11_MODULE(_C, m) {
         arg("bias"), arg("y"), nogil);
   m.def("gemm_w8", &pq::gemm_w8, arg("x"), arg("weight"), arg("weight_scale"), arg("input_scale"),
         arg("bias"), arg("y"), nogil);
-  m.def("quantize_static", &pq::quantize_static, arg("x"), arg("scale"), arg("bits"), arg("q"), nogil);
+  m.def("quantize_static", &pq::quantize_static, arg("x"), arg("scale"), arg("bits"), arg("q"),
+        nogil);
   m.def("quantize_dynamic", &pq::quantize_dynamic, arg("x"), arg("bits"), arg("clip"), arg("q"),
         arg("scale"), nogil);
   m.def("rmsnorm", &pq::rmsnorm, arg("x"), arg("weight"), arg("eps"), arg("y"), nogil);
   m.def("add_rmsnorm_quantize", &pq::add_rmsnorm_quantize, arg("residual"), arg("x"), arg("weight"),
         arg("eps"), arg("scale"), arg("bits"), arg("q"), nogil);
-  m.def("rmsnorm_quantize_dynamic", &pq::rmsnorm_quantize_dynamic, arg("x"), arg("weight"), arg("eps"),
-        arg("bits"), arg("q"), arg("scale"), nogil);
-  m.def("rmsnorm_quantize", &pq::rmsnorm_quantize, arg("x"), arg("weight"), arg("eps"), arg("scale"),
-        arg("bits"), arg("q"), nogil);
+  m.def("rmsnorm_quantize_dynamic", &pq::rmsnorm_quantize_dynamic, arg("x"), arg("weight"),
+        arg("eps"), arg("bits"), arg("q"), arg("scale"), nogil);
+  m.def("rmsnorm_quantize", &pq::rmsnorm_quantize, arg("x"), arg("weight"), arg("eps"),
+        arg("scale"), arg("bits"), arg("q"), nogil);
   m.def("hadamard", &pq::hadamard, arg("x"), arg("signs"), arg("block_size"), arg("y"), nogil);
   m.def("hadamard_quantize", &pq::hadamard_quantize, arg("x"), arg("signs"), arg("block_size"),
         arg("scale"), arg("bits"), arg("q"), nogil);
@@ -64,5 +65,6 @@ PYBIND11_MODULE(_C, m) {
         arg("block_size"), arg("cache"), arg("position"), nogil);
   m.def("kv_dequantize", &pq::kv_dequantize, arg("q"), arg("scale"), arg("bits"), arg("y"), nogil);
   m.def("kv_attention", &pq::kv_attention, arg("q"), arg("k"), arg("v"), arg("k_scale"),
-        arg("v_scale"), arg("prefix_k"), arg("prefix_v"), arg("mask"), arg("scaling"), arg("out"), nogil);
+        arg("v_scale"), arg("prefix_k"), arg("prefix_v"), arg("mask"), arg("scaling"), arg("out"),
+        nogil);
 }

@@ -19,7 +19,7 @@ std::string concat(const Parts&... parts) {
 }  // namespace prefixquant
 
 // PQ_CHECK(op, condition, "x: expected ..., got ", value): the message is built only on failure.
-#define PQ_CHECK(op, condition, ...)                                                           \
-  do {                                                                                         \
+#define PQ_CHECK(op, condition, ...)                                                             \
+  do {                                                                                           \
     if (!(condition)) throw std::invalid_argument(::prefixquant::concat(op, ": ", __VA_ARGS__)); \
   } while (0)

@@ -29,19 +29,24 @@ bool cpu_has(Isa isa) {
   if (isa == Isa::kPortable) return true;
 #if defined(__x86_64__)
   const bool has_avx2 = __builtin_cpu_supports("avx2");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+  const bool has_avx512 =
+      has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vnni");
   switch (isa) {
-    case Isa::kAvx2: return has_avx2;
-    case Isa::kAvx512: return has_avx512;
+    case Isa::kAvx2:
+      return has_avx2;
+    case Isa::kAvx512:
+      return has_avx512;
     case Isa::kAmx: {
-      // CPUID leaf 7: EDX bit 24 is AMX-TILE, bit 25 AMX-INT8 (not known to every __builtin_cpu_supports).
+      // CPUID leaf 7: EDX bit 24 is AMX-TILE, bit 25 AMX-INT8 (not known to every
+      // __builtin_cpu_supports).
       unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
       __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
       return has_avx512 && (edx >> 24 & 3) == 3 && request_amx();
     }
-    default: return false;
+    default:
+      return false;
   }
 #else
   return false;
@@ -50,10 +55,14 @@ bool cpu_has(Isa isa) {
 
 bool compiled(Isa isa) {
   switch (isa) {
-    case Isa::kPortable: return true;
-    case Isa::kAvx2: return static_cast<bool>(PQ_IF_AVX2(true));
-    case Isa::kAvx512: return static_cast<bool>(PQ_IF_AVX512(true));
-    case Isa::kAmx: return static_cast<bool>(PQ_IF_AMX(true));
+    case Isa::kPortable:
+      return true;
+    case Isa::kAvx2:
+      return static_cast<bool>(PQ_IF_AVX2(true));
+    case Isa::kAvx512:
+      return static_cast<bool>(PQ_IF_AVX512(true));
+    case Isa::kAmx:
+      return static_cast<bool>(PQ_IF_AMX(true));
   }
   return false;
 }
@@ -92,10 +101,14 @@ std::atomic<Isa>& selected() {
 
 std::string isa_name(Isa isa) {
   switch (isa) {
-    case Isa::kPortable: return "portable";
-    case Isa::kAvx2: return "avx2";
-    case Isa::kAvx512: return "avx512";
-    case Isa::kAmx: return "amx";
+    case Isa::kPortable:
+      return "portable";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAmx:
+      return "amx";
   }
   return "unknown";
 }

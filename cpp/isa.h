@@ -27,10 +27,17 @@ struct KernelTable {
 
   Fn* pick() const {
     switch (current_isa()) {
-      case Isa::kAmx: if (amx) return amx; [[fallthrough]];
-      case Isa::kAvx512: if (avx512) return avx512; [[fallthrough]];
-      case Isa::kAvx2: if (avx2) return avx2; [[fallthrough]];
-      case Isa::kPortable: break;
+      case Isa::kAmx:
+        if (amx) return amx;
+        [[fallthrough]];
+      case Isa::kAvx512:
+        if (avx512) return avx512;
+        [[fallthrough]];
+      case Isa::kAvx2:
+        if (avx2) return avx2;
+        [[fallthrough]];
+      case Isa::kPortable:
+        break;
     }
     return portable;
   }
@@ -55,11 +62,19 @@ struct KernelTable {
 #endif
 
 // Declares the compiled copies of kernel `name` (signature `Fn`) and the table that picks one.
-#define PQ_KERNEL_TABLE(Fn, name)                 \
-  namespace portable { Fn name; }                 \
-  namespace avx2 { Fn name; }                     \
-  namespace avx512 { Fn name; }                   \
-  namespace amx { Fn name; }                      \
-  static const KernelTable<Fn> name##_table {     \
+#define PQ_KERNEL_TABLE(Fn, name)                                                            \
+  namespace portable {                                                                       \
+  Fn name;                                                                                   \
+  }                                                                                          \
+  namespace avx2 {                                                                           \
+  Fn name;                                                                                   \
+  }                                                                                          \
+  namespace avx512 {                                                                         \
+  Fn name;                                                                                   \
+  }                                                                                          \
+  namespace amx {                                                                            \
+  Fn name;                                                                                   \
+  }                                                                                          \
+  static const KernelTable<Fn> name##_table {                                                \
     portable::name, PQ_IF_AVX2(avx2::name), PQ_IF_AVX512(avx512::name), PQ_IF_AMX(amx::name) \
   }

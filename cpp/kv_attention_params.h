@@ -16,7 +16,7 @@ struct KvAttentionParams {
   const void* v;
   int64_t k_strides[3];
   int64_t v_strides[3];
-  int bits;              // 4: two values a byte, even index in the low nibble; 8: int8; 16: floating
+  int bits;  // 4: two values a byte, even index in the low nibble; 8: int8; 16: floating
   FloatType cache_type;  // of k and v at 16 bits
   const float* k_scale;  // [kv_heads], not read at 16 bits
   const float* v_scale;

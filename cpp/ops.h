@@ -74,17 +74,16 @@ void rope_kv_append(const TensorView& qkv, const TensorView& cos, const TensorVi
                     const TensorView& q);
 
 // kv_cache_attention.cpp
-void kv_decode_attention(const TensorView& q, const TensorView& k_cache,
-                         const TensorView& v_cache, const OptionalTensor& k_scale,
-                         const OptionalTensor& v_scale, const TensorView& prefix_k,
-                         const TensorView& prefix_v, const TensorView& lengths,
-                         const OptionalTensor& block_table, int64_t kv_bits, int64_t max_length,
-                         double scaling, const OptionalTensor& output_scale, int64_t output_bits,
+void kv_decode_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
+                         const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                         const TensorView& prefix_k, const TensorView& prefix_v,
+                         const TensorView& lengths, const OptionalTensor& block_table,
+                         int64_t kv_bits, int64_t max_length, double scaling,
+                         const OptionalTensor& output_scale, int64_t output_bits,
                          const TensorView& out);
-void kv_prefill_attention(const TensorView& q, const TensorView& k_cache,
-                          const TensorView& v_cache, const OptionalTensor& k_scale,
-                          const OptionalTensor& v_scale, const TensorView& prefix_k,
-                          const TensorView& prefix_v, int64_t kv_bits,
+void kv_prefill_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
+                          const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                          const TensorView& prefix_k, const TensorView& prefix_v, int64_t kv_bits,
                           int64_t start, double scaling, int64_t sequence,
                           const OptionalTensor& block_table, const TensorView& out);
 

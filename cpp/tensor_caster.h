@@ -19,9 +19,9 @@ inline bool lookup_dtype(PyObject* dtype, DType* out) {
   auto found = known.find(dtype);
   if (found == known.end()) {
     const std::string name = pybind11::str(pybind11::handle(dtype));
-    for (DType candidate : {DType::kUInt8, DType::kInt8, DType::kInt32, DType::kInt64,
-                            DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat64,
-                            DType::kBool}) {
+    for (DType candidate :
+         {DType::kUInt8, DType::kInt8, DType::kInt32, DType::kInt64, DType::kFloat16,
+          DType::kBFloat16, DType::kFloat32, DType::kFloat64, DType::kBool}) {
       if (name == std::string("torch.") + dtype_name(candidate)) {
         found = known.emplace(dtype, candidate).first;
       }
@@ -40,8 +40,8 @@ template <>
 struct type_caster<prefixquant::TensorView> {
   PYBIND11_TYPE_CASTER(prefixquant::TensorView, const_name("torch.Tensor"));
 
-  // One call of an operation reads some 25 attributes: names are interned once and looked up through
-  // the C API, which is quicker than pybind11's attr().
+  // One call of an operation reads some 25 attributes: names are interned once and looked up
+  // through the C API, which is quicker than pybind11's attr().
   bool load(handle src, bool /*convert*/) {
     static PyObject* const kDataPtr = PyUnicode_InternFromString("data_ptr");
     static PyObject* const kDtype = PyUnicode_InternFromString("dtype");

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // TensorView: the one way a tensor enters C++. It is read off the Python object by attribute
-// (data_ptr, dtype, shape, stride, is_cuda), so neither torch headers nor libtorch are needed and one
-// build works with every torch. Nothing is copied or converted; the view does not own the memory.
+// (data_ptr, dtype, shape, stride, is_cuda), so neither torch headers nor libtorch are needed and
+// one build works with every torch. Nothing is copied or converted; the view does not own the
+// memory.
 #pragma once
 
 #include <array>
@@ -13,19 +14,38 @@
 
 namespace prefixquant {
 
-enum class DType : uint8_t { kUInt8, kInt8, kInt32, kInt64, kFloat16, kBFloat16, kFloat32, kFloat64, kBool };
+enum class DType : uint8_t {
+  kUInt8,
+  kInt8,
+  kInt32,
+  kInt64,
+  kFloat16,
+  kBFloat16,
+  kFloat32,
+  kFloat64,
+  kBool
+};
 
 inline const char* dtype_name(DType dtype) {
   switch (dtype) {
-    case DType::kUInt8: return "uint8";
-    case DType::kInt8: return "int8";
-    case DType::kInt32: return "int32";
-    case DType::kInt64: return "int64";
-    case DType::kFloat16: return "float16";
-    case DType::kBFloat16: return "bfloat16";
-    case DType::kFloat32: return "float32";
-    case DType::kFloat64: return "float64";  // no operation takes it: it is here to be named in errors
-    case DType::kBool: return "bool";
+    case DType::kUInt8:
+      return "uint8";
+    case DType::kInt8:
+      return "int8";
+    case DType::kInt32:
+      return "int32";
+    case DType::kInt64:
+      return "int64";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kBFloat16:
+      return "bfloat16";
+    case DType::kFloat32:
+      return "float32";
+    case DType::kFloat64:
+      return "float64";  // no operation takes it: it is here to be named in errors
+    case DType::kBool:
+      return "bool";
   }
   return "unknown";
 }
@@ -33,12 +53,16 @@ inline const char* dtype_name(DType dtype) {
 inline int64_t dtype_bytes(DType dtype) {
   switch (dtype) {
     case DType::kFloat64:
-    case DType::kInt64: return 8;
+    case DType::kInt64:
+      return 8;
     case DType::kInt32:
-    case DType::kFloat32: return 4;
+    case DType::kFloat32:
+      return 4;
     case DType::kFloat16:
-    case DType::kBFloat16: return 2;
-    default: return 1;
+    case DType::kBFloat16:
+      return 2;
+    default:
+      return 1;
   }
 }
 
@@ -106,9 +130,9 @@ struct ArgumentChecker {
   }
   // float32, bfloat16 or float16
   void floating(const TensorView& t, const char* name) const {
-    PQ_CHECK(op,
-             t.dtype == DType::kFloat32 || t.dtype == DType::kBFloat16 || t.dtype == DType::kFloat16,
-             name, ": expected dtype float32, bfloat16 or float16, got ", dtype_name(t.dtype));
+    PQ_CHECK(
+        op, t.dtype == DType::kFloat32 || t.dtype == DType::kBFloat16 || t.dtype == DType::kFloat16,
+        name, ": expected dtype float32, bfloat16 or float16, got ", dtype_name(t.dtype));
   }
   void rank(const TensorView& t, const char* name, int expected) const {
     PQ_CHECK(op, t.ndim == expected, name, ": expected ", expected, " dimensions, got shape ",
@@ -122,8 +146,8 @@ struct ArgumentChecker {
                   const char* like_name) const {
     bool same = t.ndim == like.ndim;
     for (int i = 0; same && i < t.ndim; ++i) same = t.shape[i] == like.shape[i];
-    PQ_CHECK(op, same, name, ": expected the shape of ", like_name, " ", like.shape_text(), ", got ",
-             t.shape_text());
+    PQ_CHECK(op, same, name, ": expected the shape of ", like_name, " ", like.shape_text(),
+             ", got ", t.shape_text());
   }
   void size(const TensorView& t, const char* name, int dim, int64_t expected) const {
     PQ_CHECK(op, t.size(dim) == expected, name, ": expected size ", expected, " in dimension ", dim,

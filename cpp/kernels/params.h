@@ -21,10 +21,10 @@ struct HadamardParams {
   int64_t block;
   int64_t pow2;
   int64_t k;
-  // [k/4 groups of 4 rows][k/4 groups of 4 columns][4 rows]: which of the 16 signed sums of its four
-  // inputs a row adds; bit b is set where the sign of input b is -1.
+  // [k/4 groups of 4 rows][k/4 groups of 4 columns][4 rows]: which of the 16 signed sums of its
+  // four inputs a row adds; bit b is set where the sign of input b is -1.
   const uint8_t* picks;
-  float norm;          // float32(1 / sqrt(block))
+  float norm;  // float32(1 / sqrt(block))
 };
 
 // Floats of a row that a kernel without a transform keeps in L1 at a time.
@@ -66,7 +66,7 @@ struct QuantizeDynamicRows {
   const void* x;  // [rows, cols]
   FloatType x_type;
   int64_t x_stride;
-  int8_t* q;  // [rows, cols] contiguous
+  int8_t* q;         // [rows, cols] contiguous
   float* row_scale;  // [rows]
   int64_t cols;
   QuantizerParams quantizer;  // its bounds; inv_scale is each row's own
@@ -112,7 +112,8 @@ struct KvRows {
   FloatType y_type;
 };
 
-// One token a row: the projections of its query, key and value heads and where its key and value go.
+// One token a row: the projections of its query, key and value heads and where its key and value
+// go.
 struct RopeKvRows {
   const void* qkv;  // [rows, (heads + 2 * kv_heads) * dim]
   FloatType type;

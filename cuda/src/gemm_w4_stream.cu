@@ -56,8 +56,7 @@ void launch(const GemmW4Params& p, const GemmW4Config& config, cudaStream_t stre
   arguments.smem = smem;
   arguments.split_stages = split_stages;
   arguments.ring_stages = config.stages;
-  arguments.release_stages =
-      config.release_stages == 0 ? split_stages : config.release_stages;
+  arguments.release_stages = config.release_stages == 0 ? split_stages : config.release_stages;
 
   const auto kernel = gemm_w4_stream_kernel<G>;
   PQ_CUDA_CHECK(

@@ -24,8 +24,8 @@ PQ_HOST_DEVICE constexpr int stream_split_stages(int k, int splits) {
   return (stream_stages_of(k) + splits - 1) / splits;
 }
 
-// A slot that is used again must belong to one group of warps alone: two groups that shared it could
-// not tell its rounds apart by the one bit of parity that they wait for.
+// A slot that is used again must belong to one group of warps alone: two groups that shared it
+// could not tell its rounds apart by the one bit of parity that they wait for.
 PQ_HOST_DEVICE constexpr bool is_stream_ring(int slots, int split_stages) {
   return slots >= 2 && (slots % kStreamGroups == 0 || slots >= split_stages);
 }
