@@ -292,20 +292,26 @@ def fused(folder: Path) -> Iterator[Target]:
 # ---- engine: issue "a generation path that keeps the kernels' gain" ----
 
 
-class _Engine:
+class Engine:
     """Rows of engine.json."""
 
     def __init__(self, result: dict):
         self.rows = result["measured"]
 
-    def best(self, shape: str, case: str, key: str, model: str) -> float | None:
-        """The least ``key`` of the rows whose model's name begins so."""
+    def best_row(self, shape: str, case: str, key: str, model: str) -> dict | None:
+        """The row with the least ``key`` of those whose model's name begins so."""
         found = [
-            row[key]
+            row
             for row in self.rows
-            if (row["shape"], row["case"]) == (shape, case) and row["model"].startswith(model)
+            if (row["shape"], row["case"]) == (shape, case)
+            and row["model"].startswith(model)
+            and row[key] is not None
         ]
-        return min(found, default=None)
+        return min(found, key=lambda row: row[key], default=None)
+
+    def best(self, shape: str, case: str, key: str, model: str) -> float | None:
+        row = self.best_row(shape, case, key, model)
+        return row and row[key]
 
     def speedup(self, case: str, key: str) -> float | None:
         """Of Llama-3-8B over transformers."""
@@ -319,7 +325,7 @@ def engine_on_gpu(folder: Path) -> Iterator[Target]:
     if not results:
         yield Target("engine.json", 1.0, None)
     for gpu, result in results:
-        data, tag = _Engine(result), f"{gpu}, Llama-3-8B"
+        data, tag = Engine(result), f"{gpu}, Llama-3-8B"
         step = data.best("llama-3-8b", "decode-1x512", "decode_ms", "prefixquant")
         yield Target(f"{tag}: decode 1 x 512, ms", 2.6, step, " ms", at_most=True)
         for case, key, wanted in (

@@ -17,9 +17,13 @@ import sys
 from pathlib import Path
 
 from chart import speedup_bars
+from targets import Engine
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/runtime.md"))
+DOCUMENTS = tuple(
+    ROOT / name
+    for name in ("README.md", "docs/results.md", "docs/runtime.md", "docs/kernels/kv_attention.md")
+)
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -130,21 +134,12 @@ _ENGINE_CASES = {  # label -> (case, key)
 def engine_comparison(result: dict) -> list[list]:
     """Rows of shape, case, our ms, the peer's, their ratio, the floor of the bytes read, GB."""
 
-    def best(shape: str, case: str, key: str, model: str) -> dict | None:
-        rows = [
-            row
-            for row in result["measured"]
-            if (row["shape"], row["case"]) == (shape, case)
-            and row["model"].startswith(model)
-            and row[key] is not None
-        ]
-        return min(rows, key=lambda row: row[key], default=None)
-
+    data = Engine(result)
     rows = []
-    for shape in dict.fromkeys(row["shape"] for row in result["measured"]):
+    for shape in dict.fromkeys(row["shape"] for row in data.rows):
         for label, (case, key) in _ENGINE_CASES.items():
-            ours = best(shape, case, key, "prefixquant W4A8KV4")
-            peer = best(shape, case, key, "transformers")
+            ours = data.best_row(shape, case, key, "prefixquant W4A8KV4")
+            peer = data.best_row(shape, case, key, "transformers")
             if ours is None:
                 continue
             floor = sum(ours["step_bytes"].values()) / result["read_bytes_per_second"] * 1e3

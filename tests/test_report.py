@@ -197,11 +197,12 @@ def update_readme(monkeypatch):
     return module
 
 
-def test_readme_tables_are_those_of_the_results(update_readme):
+def test_tables_of_the_documents_are_those_of_the_results(update_readme):
     module = update_readme
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     results = module.load_results(ROOT / "benchmarks" / "results")
-    assert module.update(readme, results) == readme
+    for path in module.DOCUMENTS:
+        document = path.read_text(encoding="utf-8")
+        assert module.update(document, results) == document
     for path, chart in module.charts(ROOT / "benchmarks" / "results").items():
         assert path.read_text(encoding="utf-8") == chart
 
