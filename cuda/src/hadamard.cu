@@ -21,8 +21,8 @@ float norm_of(const RowHadamardParams& p) {
   return static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.block_size)));
 }
 
-HadamardArgs make_args(const RowHadamardParams& p, const HadamardConfig& config) {
-  HadamardArgs a{};
+HadamardRowArgs row_args(const RowHadamardParams& p) {
+  HadamardRowArgs a{};
   a.x = static_cast<const uint16_t*>(p.x);
   a.up = static_cast<const uint16_t*>(p.up);
   a.x_stride = p.x_stride;
@@ -36,14 +36,19 @@ HadamardArgs make_args(const RowHadamardParams& p, const HadamardConfig& config)
   a.norm = norm_of(p);
   a.signs = p.signs;
   a.is_bfloat16 = p.dtype == RowDtype::kBFloat16;
-  a.cols = static_cast<int>(p.cols);
   a.block_size = static_cast<int>(p.block_size);
+  a.blocks_per_row = FastDivisor(static_cast<uint32_t>(p.cols / p.block_size));
+  return a;
+}
+
+HadamardArgs make_args(const RowHadamardParams& p, const HadamardConfig& config) {
+  HadamardArgs a{row_args(p)};
+  a.cols = static_cast<int>(p.cols);
   const int64_t pow2 = p.block_size / p.k;
   a.segment = static_cast<int>(pow2 < kMaxSegment ? pow2 : kMaxSegment);
   a.log2_segment = log2_of(a.segment);
   a.group = config.group;
   a.blocks = p.rows * (p.cols / p.block_size);
-  a.blocks_per_row = FastDivisor(static_cast<uint32_t>(p.cols / p.block_size));
   a.vectors_per_block =
       FastDivisor(static_cast<uint32_t>(p.block_size / 8 > 0 ? p.block_size / 8 : 1));
   return a;
@@ -128,21 +133,7 @@ HadamardClusterKernel cluster_kernel(const RowHadamardParams& p) {
 
 void launch_cluster(const RowHadamardParams& p, const HadamardConfig& config, int arch,
                     cudaStream_t stream) {
-  HadamardClusterArgs a{};
-  a.x = static_cast<const uint16_t*>(p.x);
-  a.up = static_cast<const uint16_t*>(p.up);
-  a.x_stride = p.x_stride;
-  a.up_stride = p.up_stride;
-  a.out = p.out;
-  a.scaling = p.scaling;
-  a.scale = p.scale;
-  a.row_scale = p.row_scale;
-  a.qmin = p.qmin;
-  a.qmax = p.qmax;
-  a.norm = norm_of(p);
-  a.signs = p.signs;
-  a.is_bfloat16 = p.dtype == RowDtype::kBFloat16;
-  a.block_size = static_cast<int>(p.block_size);
+  HadamardClusterArgs a{row_args(p)};
   a.k = static_cast<int>(p.k);
   a.pow2 = a.block_size / a.k;
   const int width = std::min(a.pow2, kHadamardTile);
@@ -150,7 +141,6 @@ void launch_cluster(const RowHadamardParams& p, const HadamardConfig& config, in
   a.log2_cluster = log2_of(config.cluster);
   a.log2_owned = a.log2_width - a.log2_cluster;
   a.log2_rows = log2_of(a.pow2 / width);
-  a.blocks_per_row = FastDivisor(static_cast<uint32_t>(p.cols / p.block_size));
   a.pick_vectors = FastDivisor(static_cast<uint32_t>((a.k + 15) / 16));
   a.smem = plan_hadamard_cluster_smem(p.block_size, p.k, config.cluster);
   LaunchShape shape;

@@ -18,8 +18,7 @@
 #pragma once
 
 #include "prefixquant/cp_async.cuh"
-#include "prefixquant/fast_divisor.h"
-#include "prefixquant/hadamard.h"
+#include "prefixquant/hadamard_row_args.h"
 #include "prefixquant/hadamard_sums.cuh"
 #include "prefixquant/hadamard_tile.cuh"
 #include "prefixquant/quantizer.cuh"
@@ -31,26 +30,12 @@ namespace prefixquant {
 // fit.
 inline constexpr int kHadamardThreads = 256;
 
-// Kernel arguments; see RowHadamardParams for the pointers.
-struct HadamardArgs {
-  const uint16_t* x;
-  const uint16_t* up;
-  int64_t x_stride, up_stride;
-  void* out;
-  RowScale scaling;
-  const float* scale;
-  float* row_scale;
-  float qmin, qmax;
-  float norm;  // 1 / sqrt(block_size)
-  const int8_t* signs;
-  bool is_bfloat16;
+struct HadamardArgs : HadamardRowArgs {
   int cols;
-  int block_size;
   int segment;
   int log2_segment;
   int group;
-  int64_t blocks;  // of all rows
-  FastDivisor blocks_per_row;
+  int64_t blocks;                 // of all rows
   FastDivisor vectors_per_block;  // block_size / 8
 };
 

@@ -5,9 +5,8 @@
 #pragma once
 
 #include "prefixquant/cp_async.cuh"
-#include "prefixquant/fast_divisor.h"
-#include "prefixquant/hadamard.h"
 #include "prefixquant/hadamard_exchange.cuh"
+#include "prefixquant/hadamard_row_args.h"
 #include "prefixquant/hadamard_tile.cuh"
 #include "prefixquant/quantizer.cuh"
 
@@ -16,28 +15,13 @@ namespace prefixquant {
 inline constexpr int kHadamardClusterThreads = 512;
 inline constexpr int kHadamardTile = 256;  // elements that a warp transforms at a time
 
-// Kernel arguments; see RowHadamardParams for the pointers.
-struct HadamardClusterArgs {
-  const uint16_t* x;
-  const uint16_t* up;
-  int64_t x_stride, up_stride;
-  void* out;
-  RowScale scaling;
-  const float* scale;
-  float* row_scale;
-  float qmin, qmax;
-  float norm;  // 1 / sqrt(block_size)
-  const int8_t* signs;
-  bool is_bfloat16;
-  int cols;
-  int block_size;
+struct HadamardClusterArgs : HadamardRowArgs {
   int k;
   int pow2;
   int log2_width;
   int log2_owned;  // columns that a CTA owns: width / cluster
   int log2_rows;   // k = 1: of q
   int log2_cluster;
-  FastDivisor blocks_per_row;
   FastDivisor pick_vectors;  // four picks each, of an output
   HadamardClusterSmem smem;
 };
