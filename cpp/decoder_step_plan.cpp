@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The tensors of a DecoderStep: checked once, kept as pointers.
+#include "argument_checks.h"
 #include "decoder_step.h"
 #include "isa.h"
 #include "kv_cache.h"
@@ -29,16 +30,6 @@ void check_table(const ArgumentChecker& check, const TensorView& t, const char* 
   check.dtype(t, name, DType::kFloat32);
   check.rank(t, name, 2);
   check.size(t, name, 1, dim);
-  check.contiguous(t, name);
-}
-
-// A contiguous tensor of one dimension.
-void check_vector(const ArgumentChecker& check, const TensorView& t, const char* name, DType dtype,
-                  int64_t size) {
-  check.on_cpu(t, name);
-  check.dtype(t, name, dtype);
-  check.rank(t, name, 1);
-  check.size(t, name, 0, size);
   check.contiguous(t, name);
 }
 

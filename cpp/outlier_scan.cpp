@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 
+#include "argument_checks.h"
 #include "isa.h"
 #include "ops.h"
 #include "rows.h"
@@ -41,22 +42,8 @@ void outlier_scan(const TensorView& x, double eta, const TensorView& row_max,
   const FloatType x_type = float_type(check, x, "x");
   check.rank(x, "x", 2);
   const RowView rows(check, x, "x");
-  PQ_CHECK(check.op, eta > 0.0, "eta: expected a number above 0, got ", eta);
-  const struct {
-    const TensorView& t;
-    const char* name;
-    DType dtype;
-    int rank;
-  } outputs[] = {{row_max, "row_max", DType::kFloat32, 1},
-                 {median, "median", DType::kFloat32, 0},
-                 {is_outlier, "is_outlier", DType::kBool, 1}};
-  for (const auto& out : outputs) {
-    check.on_cpu(out.t, out.name);
-    check.dtype(out.t, out.name, out.dtype);
-    check.rank(out.t, out.name, out.rank);
-    check.contiguous(out.t, out.name);
-    if (out.rank == 1) check.size(out.t, out.name, 0, rows.rows);
-  }
+  check_outlier_scan(check, rows.rows, eta, row_max, median, is_outlier,
+                     [&](const TensorView& t, const char* name) { check.on_cpu(t, name); });
 
   const AbsMaxRows params{x.ptr, x_type, rows.stride, row_max.data<float>(), rows.cols};
   const auto kernel = abs_max_rows_table.pick();

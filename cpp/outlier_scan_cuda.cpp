@@ -2,6 +2,7 @@
 // outlier_scan on CUDA: the checks of outlier_scan.cpp, then two launches.
 #include "prefixquant/outlier_scan.h"
 
+#include "argument_checks.h"
 #include "ops_cuda.h"
 #include "rows_cuda.h"
 
@@ -14,22 +15,9 @@ void outlier_scan_cuda(const TensorView& x, double eta, const TensorView& row_ma
   check.floating(x, "x");
   check.rank(x, "x", 2);
   const CudaRowInput input(check, x, "x", device);
-  PQ_CHECK(check.op, eta > 0.0, "eta: expected a number above 0, got ", eta);
-  const struct {
-    const TensorView& t;
-    const char* name;
-    DType dtype;
-    int rank;
-  } outputs[] = {{row_max, "row_max", DType::kFloat32, 1},
-                 {median, "median", DType::kFloat32, 0},
-                 {is_outlier, "is_outlier", DType::kBool, 1}};
-  for (const auto& out : outputs) {
-    check.on_cuda(out.t, out.name, device);
-    check.dtype(out.t, out.name, out.dtype);
-    check.rank(out.t, out.name, out.rank);
-    check.contiguous(out.t, out.name);
-    if (out.rank == 1) check.size(out.t, out.name, 0, input.rows.rows);
-  }
+  check_outlier_scan(
+      check, input.rows.rows, eta, row_max, median, is_outlier,
+      [&](const TensorView& t, const char* name) { check.on_cuda(t, name, device); });
   OutlierScanParams params;
   params.x = x.ptr;
   params.dtype = input.dtype;

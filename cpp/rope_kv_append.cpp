@@ -4,6 +4,7 @@
 //   qkv [T, (heads + 2 kv_heads) D] floating, contiguous last dimension; cos, sin float32
 //   [positions, D]; positions int32 [T]; q_norm, k_norm [D] floating or absent; signs,
 //   rotation_size as for hadamard, rotation_size D or 1; slots int64 [T]; q [T, heads, D].
+#include "argument_checks.h"
 #include "isa.h"
 #include "kv_cache.h"
 #include "ops.h"
@@ -15,15 +16,6 @@ using RopeKvKernel = void(const RopeKvRows&, int64_t row_begin, int64_t row_end,
 PQ_KERNEL_TABLE(RopeKvKernel, rope_kv_append_rows);
 
 namespace {
-
-void check_index(const ArgumentChecker& check, const TensorView& t, const char* name, DType dtype,
-                 int64_t rows) {
-  check.on_cpu(t, name);
-  check.dtype(t, name, dtype);
-  check.rank(t, name, 1);
-  check.size(t, name, 0, rows);
-  check.contiguous(t, name);
-}
 
 // cos and sin, and that every position is a row of them.
 void check_tables(const ArgumentChecker& check, const TensorView& cos, const TensorView& sin,
@@ -37,7 +29,7 @@ void check_tables(const ArgumentChecker& check, const TensorView& cos, const Ten
   check.dtype(sin, "sin", DType::kFloat32);
   check.same_shape(sin, "sin", cos, "cos");
   check.contiguous(sin, "sin");
-  check_index(check, positions, "positions", DType::kInt32, rows);
+  check_vector(check, positions, "positions", DType::kInt32, rows);
   for (int64_t t = 0; t < rows; ++t) {
     const int32_t position = positions.data<int32_t>()[t];
     PQ_CHECK(check.op, position >= 0 && position < cos.size(0),
@@ -106,7 +98,7 @@ void rope_kv_append(const TensorView& qkv, const TensorView& cos, const TensorVi
   PQ_CHECK(check.op, rotation_size == 1 || rotation_size == p.dim,
            "rotation_size: expected 1 or the head dimension ", p.dim, ", got ", rotation_size);
   p.rotation = hadamard_params(check, signs, rotation_size);
-  check_index(check, slots, "slots", DType::kInt64, rows);
+  check_vector(check, slots, "slots", DType::kInt64, rows);
   for (int64_t t = 0; t < rows; ++t) {
     PQ_CHECK(check.op, slots.data<int64_t>()[t] < cache.pages * cache.page_size,
              "slots: expected rows of the cache, below ", cache.pages * cache.page_size, ", got ",
