@@ -8,15 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prefixquant import ops
+from prefixquant.dtypes import head_weight, usual_dtype
 from prefixquant.hadamard import hadamard_signs, split_size
 from prefixquant.ops.gemm import PREPACKED_SHAPES
 from prefixquant.packing import unpack_bits
 from prefixquant.solvers.weight import column_scales
-
-
-def usual_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """Of the residual stream: float32 on a CPU, elsewhere ``stored``, the checkpoint's 16 bits."""
-    return torch.float32 if device.type == "cpu" else stored
 
 
 class FixedDtypeModule(nn.Module):
@@ -311,13 +307,13 @@ class SixteenBitHead(FixedDtypeModule):
     """
 
     def __init__(self, stored: Tensor, device: torch.device):
-        weight = _head_weight(stored, device)
+        weight = head_weight(stored, device)
         super().__init__(weight.dtype, device)
         self._stored = stored
         self.register_buffer("weight", weight)
 
     def _moved(self, before: dict[str, Tensor], device: torch.device) -> None:
-        self.weight = _head_weight(self._stored, device)
+        self.weight = head_weight(self._stored, device)
 
     def forward(self, x: Tensor) -> Tensor:
         # As a matrix: a batched product of a strided slice would copy the weight first. One row as
@@ -328,11 +324,6 @@ class SixteenBitHead(FixedDtypeModule):
         else:
             logits = F.linear(rows, self.weight)
         return logits.to(x.dtype).view(*x.shape[:-1], -1)
-
-
-def _head_weight(stored: Tensor, device: torch.device) -> Tensor:
-    # CPUs multiply float16 slowly, or not at all.
-    return stored.to(torch.bfloat16) if device.type == "cpu" else stored.to(device)
 
 
 class SixteenBitEmbedding(FixedDtypeModule):

@@ -12,6 +12,7 @@ from prefixquant import _C
 from prefixquant.checkpoint import CONFIG_NAME, Checkpoint, read_checkpoint
 from prefixquant.checkpoint_layout import scale_tensor, short
 from prefixquant.config import Scheme
+from prefixquant.dtypes import usual_dtype
 from prefixquant.errors import CheckpointError, UserError
 from prefixquant.modeling import attention
 from prefixquant.modeling.cache import KVQuantizer, QuantizedLayer
@@ -24,7 +25,6 @@ from prefixquant.modeling.linear import (
     SixteenBitEmbedding,
     SixteenBitHead,
     SparseOutliers,
-    usual_dtype,
 )
 from prefixquant.modeling.parallel import Shard, ShardedTensors, add_up
 from prefixquant.packing import OUTLIER_INDEX, OUTLIER_VALUE

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefixquant import ops
+from prefixquant.dtypes import head_weight
 from prefixquant.errors import UserError
 
 # Rows of the vocabulary that are quantized at a time: the 16-bit weight stays off the device.
@@ -66,8 +67,7 @@ def make_head(weight: Tensor, bits: int, device: torch.device) -> Head:
         UserError: ``bits`` is neither 8 nor 16.
     """
     if bits == 16:
-        # CPUs multiply float16 slowly, or not at all.
-        return Head16(weight.to(torch.bfloat16) if device.type == "cpu" else weight.to(device))
+        return Head16(head_weight(weight, device))
     if bits != 8:
         raise UserError(f"head_bits: expected 8 or 16, got {bits}")
     q = torch.empty(weight.shape, dtype=torch.int8, device=device)

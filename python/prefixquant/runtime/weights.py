@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prefixquant import _C, ops
 from prefixquant.checkpoint import Checkpoint, read_checkpoint
+from prefixquant.dtypes import usual_dtype
 from prefixquant.errors import UnsupportedModelError, UserError
 from prefixquant.hadamard import hadamard_signs, split_size
 from prefixquant.roles import POINTS, Geometry, Roles, model_geometry, model_roles
@@ -133,7 +134,7 @@ def compute_dtype(
     allowed = [torch.float16, torch.bfloat16]
     if device.type == "cpu":
         allowed.append(torch.float32)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else stored)
+    dtype = dtype or usual_dtype(device, stored)
     if dtype not in allowed:
         names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
         raise UserError(f"dtype: expected one of {names} on {device.type}, got {dtype}")
