@@ -4,6 +4,7 @@
 //   bench_kv_attention check   every format, head dimension and cache shape against float64;
 //                              unused slots are NaN or -1, unused page numbers absurd
 //   bench_kv_attention small   the same on short sequences, made for compute-sanitizer
+//   bench_kv_attention few     fewer of them, for its slower tools
 //   bench_kv_attention time    microseconds and GB/s of KV4, KV8 and KV16; caches out of L2; also
 //                              with the instructions out of the SM's caches ("cold")
 #include <algorithm>
@@ -78,7 +79,10 @@ bool check(const KvProblem& problem, Launch launch) {
   return good;
 }
 
-int check_all(bool small, Launch launch) {
+enum class Size { kFew, kSmall, kLarge };
+
+int check_all(Size size, Launch launch) {
+  const bool small = size != Size::kLarge, few_cases = size == Size::kFew;
   int wrong = 0;
   const std::vector<int> ragged =
       small ? std::vector<int>{1, 0, 17, 200} : std::vector<int>{1, 10000, 0, 17, 128, 129, 4095};
@@ -94,6 +98,7 @@ int check_all(bool small, Launch launch) {
   };
   for (KvDtype cache : {KvDtype::kInt4, KvDtype::kInt8, KvDtype::kFloat16, KvDtype::kBFloat16}) {
     for (int dim : {64, 96, 128, 256}) {
+      if (few_cases && dim != (cache == KvDtype::kInt4 ? 128 : 96)) continue;
       KvProblem p;
       p.cache = cache, p.dim = dim, p.kv_heads = 2, p.group = 4, p.lengths = ragged;
       run(p);
@@ -112,6 +117,7 @@ int check_all(bool small, Launch launch) {
   KvProblem p;
   p.kv_heads = 2;
   for (int group : {1, 7, 8, 16}) {
+    if (few_cases && group != 7) continue;
     p.group = group, p.lengths = ragged, p.page_size = 64;
     p.prefix_dtype = KvDtype::kFloat16, p.prefix = 11;
     run(p);
@@ -289,8 +295,8 @@ int main(int argc, char** argv) {
   using namespace prefixquant::bench;
   const std::string mode = argc > 1 ? argv[1] : "check";
   if (mode != "time") {
-    const bool small = mode == "small";
-    return check_all(small, launch_own) + check_all(small, launch_cp_async) != 0;
+    const Size size = mode == "few" ? Size::kFew : mode == "small" ? Size::kSmall : Size::kLarge;
+    return check_all(size, launch_own) + check_all(size, launch_cp_async) != 0;
   }
   for (KvDtype cache : {KvDtype::kInt4, KvDtype::kInt8, KvDtype::kBFloat16}) {
     for (int page : {0, 16, 64}) {
