@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing and reading checkpoints: a Hugging Face folder of safetensors shards and a config.json.
 
-Writing is all or nothing: everything goes to a hidden folder beside the destination, is flushed to
-the disk, and takes its name in one rename. Reading trusts nothing: config.json, the index and every
-safetensors header are checked against `checkpoint_layout` before a tensor is handed out, and the
-values of the scales before a model is built. Nothing here unpickles.
+Writing is all or nothing (`atomic_folder`). Reading trusts nothing: config.json, the index and
+every safetensors header are checked against `checkpoint_layout` before a tensor is handed out, and
+the values of the scales before a model is built. Nothing here unpickles.
 """
 
-import contextlib
 import json
 import os
-import re
-import shutil
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prefixquant.atomic import atomic_folder
 from prefixquant.checkpoint_layout import (
     ModelSizes,
     TensorSpec,
@@ -227,9 +223,7 @@ def write_checkpoint(
         if not _is_plain_file_name(name) or name in (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME):
             raise UserError(f"extra file {name!r}: expected a plain file name of its own")
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    try:
+    with atomic_folder(path) as partial:
         _write_shards(partial, tensors, max_shard_bytes)
         _write_text(partial / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
         if tokenizer is not None:
@@ -243,15 +237,6 @@ def write_checkpoint(
                 (partial / name).write_bytes(content)
             else:
                 _write_text(partial / name, content)
-        # mkdtemp makes a private folder; a checkpoint has the permissions of any new folder.
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
-        _flush_folder(partial)
-        _take_name(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return path
 
 
@@ -275,50 +260,6 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
-
-
-def _flush_folder(folder: Path) -> None:
-    """Forces every file and the folder itself to the disk: the rename must not overtake them."""
-    for entry in [*folder.rglob("*"), folder]:
-        handle = os.open(entry, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _take_name(partial: Path, path: Path) -> None:
-    """Gives the finished folder its name; an old checkpoint goes only when the new one stands."""
-    replaced = None
-    if path.exists() and any(path.iterdir()):
-        # The name is free for an instant only: folders cannot be exchanged portably.
-        replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-        os.rename(path, replaced)
-    try:
-        os.rename(partial, path)
-    except BaseException:
-        if replaced is not None:
-            os.rename(replaced, path)
-        raise
-    _flush_parent(path)
-    if replaced is not None:
-        shutil.rmtree(replaced)
-
-
-def remove_stale_partials(path: Path) -> None:
-    """Removes what killed writers of this checkpoint have left beside it."""
-    made_here = re.compile(rf"\.{re.escape(path.name)}\.[^.]{{8}}\.(partial|old)")
-    for entry in path.parent.iterdir():
-        if made_here.fullmatch(entry.name) and entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
-
-
-def _flush_parent(path: Path) -> None:
-    handle = os.open(path.parent, os.O_RDONLY)
-    # Some network file systems cannot flush a folder; the rename has happened all the same.
-    with contextlib.suppress(OSError):
-        os.fsync(handle)
-    os.close(handle)
 
 
 # ---------------------------------------------------------------------------- reading

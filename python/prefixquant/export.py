@@ -10,8 +10,6 @@ groups of 128 columns, or kept in 16 bits.
 """
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,12 @@ import torch
 from torch import Tensor
 
 from prefixquant import ops
+from prefixquant.atomic import atomic_folder
 from prefixquant.checkpoint import (
+    CARD_NAME,
     CONFIG_NAME,
+    MAX_SHARD_BYTES,
     Checkpoint,
-    _flush_folder,
-    _take_name,
     _write_shards,
     _write_text,
     check_output_folder,
@@ -214,22 +213,12 @@ def without_hadamard(weight: Tensor, size: int) -> Tensor:
 def _write(checkpoint: Checkpoint, view: _View, output: Path) -> None:
     config = {k: v for k, v in checkpoint.config.items() if k != "auto_map"}
     config["quantization_config"] = view.config()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(
-        tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent)
-    )
-    try:
-        _write_shards(partial, view.tensors, 4_000_000_000)
+    with atomic_folder(output, mode=0o755) as partial:
+        _write_shards(partial, view.tensors, MAX_SHARD_BYTES)
         _write_text(partial / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
         if (checkpoint.path / "tokenizer_config.json").exists():
             load_tokenizer(str(checkpoint.path)).save_pretrained(partial)
-        _write_text(partial / "README.md", _card(checkpoint, view))
-        partial.chmod(0o755)
-        _flush_folder(partial)
-        _take_name(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        _write_text(partial / CARD_NAME, _card(checkpoint, view))
 
 
 def _card(checkpoint: Checkpoint, view: _View) -> str:

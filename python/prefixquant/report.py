@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixquant import checkpoint_layout
+from prefixquant.atomic import usual_mode
 from prefixquant.config import QuantizationConfig, RecipeConfig
 
 REPORT_VERSION = 1
@@ -136,9 +137,7 @@ def replace_files(folder: Path, files: Mapping[str, str]) -> None:
         try:
             with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
                 file.write(content)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(partial, 0o666 & ~umask)
+            os.chmod(partial, usual_mode(0o666))
             os.replace(partial, folder / name)
         except BaseException:
             os.unlink(partial)

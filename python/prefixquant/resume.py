@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prefixquant import __version__
+from prefixquant.atomic import place_file
 from prefixquant.block import BlockScales
 from prefixquant.calibrate import CalibratedBlock
 from prefixquant.config import RecipeConfig
@@ -209,7 +210,7 @@ class BlockState:
             partial,
             metadata={"about": json.dumps(about)},
         )
-        _take_name(partial, self._path(index))
+        place_file(partial, self._path(index))
 
     def load(self, index: int, device: torch.device) -> SavedBlock | None:
         """A block that was finished before, or None.
@@ -296,16 +297,4 @@ def _check_same(path: Path, fingerprint: dict[str, str]) -> None:
 def _write(path: Path, content: bytes) -> None:
     partial = path.with_suffix(".partial")
     partial.write_bytes(content)
-    _take_name(partial, path)
-
-
-def _take_name(partial: Path, path: Path) -> None:
-    """Flushes a finished file to the disk and gives it its name."""
-    for stage in ("file", "folder"):
-        handle = os.open(partial if stage == "file" else path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        if stage == "file":
-            os.replace(partial, path)
+    place_file(partial, path)

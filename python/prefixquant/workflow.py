@@ -14,12 +14,8 @@ from typing import Any
 import torch
 
 from prefixquant import text as texts
-from prefixquant.checkpoint import (
-    is_prefixquant_checkpoint,
-    read_checkpoint,
-    remove_stale_partials,
-    write_checkpoint,
-)
+from prefixquant.atomic import remove_stale_partials
+from prefixquant.checkpoint import is_prefixquant_checkpoint, read_checkpoint, write_checkpoint
 from prefixquant.compare import Candidate, compare
 from prefixquant.config import RecipeConfig
 from prefixquant.loading import (
