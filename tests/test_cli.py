@@ -453,12 +453,10 @@ def test_unwritable_output(model_folder, tmp_path, monkeypatch):
     """A full disk is one line too; the work done until then can be picked up."""
     import errno
 
-    from prefixquant import checkpoint as module
-
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "out"))
 
-    monkeypatch.setattr(module, "_write_shards", full)
+    monkeypatch.setattr("prefixquant.checkpoint.write_shards", full)
     result = run("quantize", model_folder, "-o", tmp_path / "out", *SMALL)
     assert_one_line_error(result, "No space left on device")
     assert [p.name for p in tmp_path.iterdir()] == [".out.resume"]
@@ -470,12 +468,10 @@ def test_unwritable_output(model_folder, tmp_path, monkeypatch):
 
 
 def test_a_bug_keeps_its_traceback(model_folder, tmp_path, monkeypatch):
-    from prefixquant import checkpoint as module
-
     def bug(*arguments):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(module, "_write_shards", bug)
+    monkeypatch.setattr("prefixquant.checkpoint.write_shards", bug)
     with pytest.raises(ZeroDivisionError):
         run("quantize", model_folder, "-o", tmp_path / "out", *SMALL)
     assert [p.name for p in tmp_path.iterdir()] == [".out.resume"]

@@ -6,21 +6,29 @@ every safetensors header are checked against `checkpoint_layout` before a tensor
 the values of the scales before a model is built. Nothing here unpickles.
 """
 
-import json
 import os
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from prefixquant.atomic import atomic_folder
+from prefixquant.checkpoint_files import (
+    INDEX_NAME,
+    MAX_SHARD_BYTES,
+    WEIGHTS_NAME,
+    LazyTensors,
+    is_plain_file_name,
+    read_headers,
+    read_json,
+    write_json,
+    write_shards,
+    write_text,
+)
 from prefixquant.checkpoint_layout import (
     ModelSizes,
     TensorSpec,
@@ -33,11 +41,8 @@ from prefixquant.config import QUANT_METHOD, QuantizationConfig
 from prefixquant.errors import CheckpointError, UserError
 
 CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 CARD_NAME = "README.md"
 CODE_NAME = "modeling_prefixquant.py"
-MAX_SHARD_BYTES = 4_000_000_000
 
 # Under trust_remote_code=True transformers looks here; where prefixquant is not installed it then
 # says so, and how to install it.
@@ -49,11 +54,6 @@ from prefixquant.integrations.transformers import PrefixQuantForCausalLM  # noqa
 """
 _AUTO_MAP = {"AutoModelForCausalLM": f"{Path(CODE_NAME).stem}.PrefixQuantForCausalLM"}
 
-# A config of a real model is a few KB and an index of a 70B model 200 KB.
-_MAX_JSON_BYTES = 64 << 20
-# The bound of the safetensors format itself.
-_MAX_HEADER_BYTES = 100_000_000
-
 _SAFETENSORS_DTYPE = {
     torch.uint8: "U8",
     torch.int8: "I8",
@@ -62,27 +62,6 @@ _SAFETENSORS_DTYPE = {
     torch.bfloat16: "BF16",
     torch.float32: "F32",
 }
-
-
-class LazyTensors(Mapping[str, Tensor]):
-    """name -> CPU tensor, memory-mapped from its shard when asked for."""
-
-    def __init__(self, folder: Path, shard_of: dict[str, str]):
-        self._folder = folder
-        self._shard_of = shard_of
-        self._open: dict[str, Any] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        shard = self._shard_of[name]
-        if shard not in self._open:
-            self._open[shard] = _open_shard(self._folder / shard)
-        return self._open[shard].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shard_of)
-
-    def __len__(self) -> int:
-        return len(self._shard_of)
 
 
 @dataclass(frozen=True)
@@ -155,7 +134,7 @@ class Checkpoint:
 def is_prefixquant_checkpoint(path: str | os.PathLike) -> bool:
     """Whether the folder says of itself that it is one; says nothing about its health."""
     try:
-        config = _read_json(Path(path) / CONFIG_NAME)
+        config = read_json(Path(path) / CONFIG_NAME)
     except CheckpointError:
         return False
     quantization = config.get("quantization_config")
@@ -220,12 +199,12 @@ def write_checkpoint(
     )
     extra_files = {CODE_NAME: _CODE, **(extra_files or {})}
     for name in extra_files:
-        if not _is_plain_file_name(name) or name in (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME):
+        if not is_plain_file_name(name) or name in (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME):
             raise UserError(f"extra file {name!r}: expected a plain file name of its own")
 
     with atomic_folder(path) as partial:
-        _write_shards(partial, tensors, max_shard_bytes)
-        _write_text(partial / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_shards(partial, tensors, max_shard_bytes)
+        write_json(partial / CONFIG_NAME, config)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if CARD_NAME not in extra_files:
@@ -236,30 +215,8 @@ def write_checkpoint(
             if isinstance(content, bytes):
                 (partial / name).write_bytes(content)
             else:
-                _write_text(partial / name, content)
+                write_text(partial / name, content)
     return path
-
-
-def _write_shards(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
-    # Imported here: it costs 0.2 s, and a reader never needs it.
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_bytes)
-    for shard, names in split.filename_to_tensors.items():
-        save_file(
-            {name: tensors[name].detach().cpu().contiguous() for name in names},
-            folder / shard,
-            metadata={"format": "pt"},
-        )
-        # safetensors makes its files private (0600), unlike everything else in the folder.
-        (folder / shard).chmod((folder / shard).stat().st_mode | 0o044)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_text(folder / INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 # ---------------------------------------------------------------------------- reading
@@ -280,7 +237,7 @@ def read_checkpoint(path: str | os.PathLike, check_values: bool = True) -> Check
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint folder")
     config_path = path / CONFIG_NAME
-    config = _read_json(config_path)
+    config = read_json(config_path)
     raw = config.pop("quantization_config", None)
     if not isinstance(raw, dict):
         raise CheckpointError(
@@ -293,7 +250,7 @@ def read_checkpoint(path: str | os.PathLike, check_values: bool = True) -> Check
     _check_types(quantization, str(config_path))
     sizes = check_model_config(config, quantization, str(config_path))
 
-    shard_of, found = _read_headers(path)
+    shard_of, found = read_headers(path)
     check_tensors(found, expected_tensors(sizes, quantization), str(path))
     checkpoint = Checkpoint(path, config, quantization, sizes, LazyTensors(path, shard_of))
     if check_values:
@@ -312,128 +269,3 @@ def _check_types(quantization: QuantizationConfig, where: str) -> None:
     for name, value in texts.items():
         if not isinstance(value, str):
             raise CheckpointError(f"{where}: {name} expected text")
-
-
-def _read_headers(
-    folder: Path,
-) -> tuple[dict[str, str], dict[str, tuple[tuple[int, ...], str]]]:
-    """name -> shard, and name -> (shape, dtype), of all shards; checks the index against them."""
-    index_path = folder / INDEX_NAME
-    if not index_path.exists():
-        weight_map = None
-        shards = [WEIGHTS_NAME]
-    elif (folder / WEIGHTS_NAME).exists():
-        raise CheckpointError(f"{folder}: holds both {WEIGHTS_NAME} and {INDEX_NAME}")
-    else:
-        weight_map = _read_json(index_path).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index_path}: weight_map expected an object")
-        for name, shard in weight_map.items():
-            if not isinstance(shard, str) or not _is_plain_file_name(shard):
-                raise CheckpointError(
-                    f"{index_path}: tensor {short(name)} expected a file name in the checkpoint "
-                    f"folder, got {short(shard)}"
-                )
-        shards = sorted(set(weight_map.values()))
-
-    shard_of: dict[str, str] = {}
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
-    for shard in shards:
-        for name, entry in _read_header(folder / shard).items():
-            if weight_map is not None and weight_map.get(name) != shard:
-                raise CheckpointError(
-                    f"{folder / shard}: tensor {short(name)} is in this shard but "
-                    f"{INDEX_NAME} says {short(weight_map.get(name))}"
-                )
-            shard_of[name] = shard
-            found[name] = entry
-    for name, shard in (weight_map or {}).items():
-        if name not in found:
-            raise CheckpointError(
-                f"{folder / shard}: tensor {short(name)} is missing from its shard"
-            )
-    return shard_of, found
-
-
-def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """name -> (shape, dtype) of one shard.
-
-    The length is checked here, for a message that a person understands; everything else about the
-    header (overlaps, gaps, sizes against shapes) is checked by safetensors as it opens the file.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
-            if length is None or length > min(_MAX_HEADER_BYTES, max(size - 8, 0)):
-                raise CheckpointError(
-                    f"{path}: truncated or not a safetensors file ({size} bytes, "
-                    f"header length {'missing' if length is None else length})"
-                )
-            header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: the safetensors header is not valid JSON") from error
-    if isinstance(header, dict):
-        ends = [
-            entry["data_offsets"][-1]
-            for entry in header.values()
-            if isinstance(entry, dict)
-            and isinstance(entry.get("data_offsets"), list)
-            and entry["data_offsets"]
-            and type(entry["data_offsets"][-1]) is int
-        ]
-        expected = 8 + length + max(ends, default=0)
-        if size != expected:
-            raise CheckpointError(
-                f"{path}: truncated or padded, expected {expected} bytes, found {size}"
-            )
-    with _open_shard(path) as file:
-        entries = {}
-        for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            view = file.get_slice(name)
-            entries[name] = (tuple(view.get_shape()), view.get_dtype())
-    return entries
-
-
-def _open_shard(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: not a valid safetensors file ({short(error, 300)})"
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: larger than {_MAX_JSON_BYTES >> 20} MiB")
-        data = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: not valid JSON ({short(error, 200)})") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}")
-    return data
-
-
-def _is_plain_file_name(name: str) -> bool:
-    """True for a name that stays inside the folder, on any system."""
-    return (
-        bool(name)
-        and len(name) <= 255
-        and name not in (".", "..")
-        and not any(character in name for character in "/\\:\0")
-    )

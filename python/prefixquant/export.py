@@ -9,7 +9,6 @@ taken out of down_proj's weight, which leaves the 4-bit grid by that and is eith
 groups of 128 columns, or kept in 16 bits.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,11 @@ from prefixquant.atomic import atomic_folder
 from prefixquant.checkpoint import (
     CARD_NAME,
     CONFIG_NAME,
-    MAX_SHARD_BYTES,
     Checkpoint,
-    _write_shards,
-    _write_text,
     check_output_folder,
     read_checkpoint,
 )
+from prefixquant.checkpoint_files import MAX_SHARD_BYTES, write_json, write_shards, write_text
 from prefixquant.errors import UserError
 from prefixquant.hadamard import hadamard_signs, split_size
 from prefixquant.loading import load_tokenizer
@@ -214,11 +211,11 @@ def _write(checkpoint: Checkpoint, view: _View, output: Path) -> None:
     config = {k: v for k, v in checkpoint.config.items() if k != "auto_map"}
     config["quantization_config"] = view.config()
     with atomic_folder(output, mode=0o755) as partial:
-        _write_shards(partial, view.tensors, MAX_SHARD_BYTES)
-        _write_text(partial / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_shards(partial, view.tensors, MAX_SHARD_BYTES)
+        write_json(partial / CONFIG_NAME, config)
         if (checkpoint.path / "tokenizer_config.json").exists():
             load_tokenizer(str(checkpoint.path)).save_pretrained(partial)
-        _write_text(partial / CARD_NAME, _card(checkpoint, view))
+        write_text(partial / CARD_NAME, _card(checkpoint, view))
 
 
 def _card(checkpoint: Checkpoint, view: _View) -> str:
