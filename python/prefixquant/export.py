@@ -31,6 +31,7 @@ from prefixquant.loading import load_tokenizer
 from prefixquant.packing import unpack_weight
 from prefixquant.progress import SILENT, Progress
 from prefixquant.quantizer import qrange
+from prefixquant.report import format_bytes
 from prefixquant.roles import Roles, model_roles
 from prefixquant.solvers import solve_rtn
 from prefixquant.solvers.weight import QuantizedWeight
@@ -91,6 +92,14 @@ def export_compressed_tensors(
         "down_proj_relative_error": view.errors,
         "bytes": sum(t.numel() * t.element_size() for t in view.tensors.values()),
     }
+
+
+def describe_export(report: dict[str, Any]) -> str:
+    """The report of `export_compressed_tensors` as a line for people."""
+    errors = report["down_proj_relative_error"]
+    mean = f", relative error {sum(errors) / len(errors):.2g}" if errors else ""
+    size = format_bytes(report["bytes"])
+    return f"{report['output']}: {size}, down_proj {report['down_proj']}{mean}"
 
 
 class _View:

@@ -104,6 +104,18 @@ def chat_template_adds_bos(tokenizer) -> bool:
     return text.startswith(tokenizer.bos_token)
 
 
+def load_config(source: str):
+    """The transformers config of a float model, without its weights."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(**_source_arguments(source)[1])
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{source}: cannot read the config: {error}") from error
+
+
 def load_float_model(source: str, dtype: torch.dtype | None = None):
     """Loads a full-precision causal LM on the CPU and its tokenizer.
 
