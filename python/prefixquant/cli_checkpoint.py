@@ -2,7 +2,7 @@
 """The commands around making a checkpoint: ``quantize``, ``scan``, ``inspect`` and ``export``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +17,10 @@ from prefixquant.cli_options import (
 )
 from prefixquant.config import COMPENSATION, PREFIX_MODES, SOLVERS, FinetuneConfig
 from prefixquant.errors import UserError
-from prefixquant.progress import for_stream
+from prefixquant.progress import Progress, for_stream
+
+if TYPE_CHECKING:
+    import torch
 
 
 def quantize(  # noqa: PLR0913 - the arguments are the options
@@ -108,14 +111,10 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
         return
 
     from prefixquant import workflow
-    from prefixquant.decoder import place_model
-    from prefixquant.loading import load_float_model
     from prefixquant.report import describe_quantize, replace_files
 
     progress = for_stream()
-    with progress.stage("load the model"):
-        float_model, tokenizer = load_float_model(model)
-        place_model(float_model, where)
+    float_model, tokenizer = _load_float_model(model, where, progress)
     tokens = workflow.calibration_tokens(calibration_text, tokenizer)
     report = None
     if resume:
@@ -157,8 +156,6 @@ def scan(
 ) -> None:
     """Look for outlier tokens in a float model, without quantizing it."""
     from prefixquant import text as texts
-    from prefixquant.decoder import place_model
-    from prefixquant.loading import load_float_model
     from prefixquant.prefix import scan as run_scan
     from prefixquant.report import describe_scan
     from prefixquant.workflow import calibration_tokens
@@ -168,9 +165,7 @@ def scan(
     where = parse_device(device)
     content = texts.load_text(calib)
     progress = for_stream()
-    with progress.stage("load the model"):
-        float_model, tokenizer = load_float_model(model)
-        place_model(float_model, where)
+    float_model, tokenizer = _load_float_model(model, where, progress)
     samples = texts.sample_windows(calibration_tokens(content, tokenizer), nsamples, seqlen, seed)
     print_result(run_scan(float_model, tokenizer, samples, eta, progress), as_json, describe_scan)
 
@@ -213,3 +208,14 @@ def export(
         checkpoint, output, down_proj=down_proj, progress=for_stream()
     )
     print_result(report, as_json, describe_export)
+
+
+def _load_float_model(source: str, device: "torch.device", progress: Progress) -> tuple[Any, Any]:
+    """(model, tokenizer), the model laid out for work on the device."""
+    from prefixquant.decoder import place_model
+    from prefixquant.loading import load_float_model
+
+    with progress.stage("load the model"):
+        model, tokenizer = load_float_model(source)
+        place_model(model, device)
+    return model, tokenizer
