@@ -10,6 +10,7 @@ paper, 512 samples of 1024 tokens, 20 epochs. One block is on the device at a ti
 
 import argparse
 import dataclasses
+import gc
 import sys
 import time
 from collections.abc import Callable
@@ -172,6 +173,8 @@ def main() -> None:
     shapes = []
     for name in arguments.shapes:
         shapes.append(measure(name, arguments))
+        gc.collect()  # cycles keep graphs, and these the memory of the shape before
+        torch.cuda.empty_cache()
         for step, cost in shapes[-1]["steps"].items():
             memory = cost.get("peak_bytes", 0) / 2**30
             print(f"{name}  {step}: {cost['seconds']:.3f} s, {memory:.1f} GiB", flush=True)

@@ -47,5 +47,6 @@ def compensate(weight: Tensor, hessian: Tensor, shortfall: Tensor, strength: flo
     ridge = strength * wide.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     wide.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(wide)
+    del wide  # 6.6 GB at K = 28672
     step = torch.cholesky_solve(shortfall.double().T, factor).T
     return weight + step.to(weight.dtype)

@@ -16,6 +16,7 @@ from prefixquant.solvers.weight import DAMPING, QuantizedWeight, column_scales, 
 # with 1.0 alone, and GPTQ is a small part of the time of a quantization.
 MULTIPLIERS = (1.0, 0.8, 0.9, 1.1)
 _ROWS = 8192  # rows rounded at once, times the multipliers
+_INVERTED = 2048  # columns of an inverse that are solved for at once
 _BLOCK = 128  # columns rounded between two matrix products with all columns left
 
 
@@ -79,11 +80,22 @@ def round_at_best_scales(
 
 def inverse_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """The column order, int64 [K], and the upper triangular U [K, K] with ``U^T U = H^-1`` in that
-    order, by float64."""
-    order = hessian.diagonal().argsort(descending=True)
-    wide = hessian[order][:, order].double()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(wide))
-    return order, torch.linalg.cholesky(inverse, upper=True).float()
+    order, by float64.
+
+    H = L L^T with the order reversed makes H = R R^T, R = L with rows and columns reversed, and
+    U = R^-1: one factorization, and never more than two float64 matrices of H's size.
+    """
+    rising = hessian.diagonal().argsort()
+    wide = hessian[rising][:, rising].double()
+    lower = torch.linalg.cholesky(wide)
+    del wide
+    inverse = torch.zeros_like(hessian)  # L^-1, by columns: those from j on need L[j:, j:] alone
+    for start in range(0, len(lower), _INVERTED):
+        count = len(lower) - start
+        columns = torch.eye(count, min(_INVERTED, count), dtype=lower.dtype, device=lower.device)
+        solved = torch.linalg.solve_triangular(lower[start:, start:], columns, upper=False)
+        inverse[start:, start : start + _INVERTED] = solved
+    return rising.flip(0), inverse.flip(0, 1)
 
 
 def gptq_levels(
