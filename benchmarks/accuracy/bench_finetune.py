@@ -60,8 +60,8 @@ def random_model(shape: tuple[int, ...], device: torch.device):
 class Clock:
     """Seconds and peak memory of steps, by name."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, shape: str, device: torch.device):
+        self.shape, self.device = shape, device
         self.steps: dict[str, dict[str, float]] = {}
 
     def measure(self, name: str, step: Callable, divisor: float = 1.0):
@@ -75,6 +75,9 @@ class Clock:
         self.steps[name] = {"seconds": (time.perf_counter() - start) / divisor}
         if self.device.type == "cuda":
             self.steps[name]["peak_bytes"] = torch.cuda.max_memory_allocated()
+        memory = self.steps[name].get("peak_bytes", 0) / 2**30
+        seconds = self.steps[name]["seconds"]
+        print(f"{self.shape}  {name}: {seconds:.3f} s, {memory:.1f} GiB", flush=True)
         return result
 
 
@@ -82,7 +85,7 @@ class Clock:
 def measure(name: str, arguments: argparse.Namespace) -> dict:
     """The steps of one block of the shape."""
     device = torch.device(arguments.device)
-    clock = Clock(device)
+    clock = Clock(name, device)
     model = random_model(SHAPES[name], device)
     tuning = FinetuneConfig(
         epochs=arguments.epochs,
@@ -102,8 +105,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict:
     )
     decoder = FloatDecoder(model, plan_rotations(model_geometry(model.config)), device=device)
     prefix = decoder.prefix((1,))
-    clock.measure("rotate", lambda: decoder.block(0))
-    block = clock.measure("rotate", lambda: decoder.block(0))  # the first time makes the matrices
+    clock.measure("rotate, first", lambda: decoder.block(0))  # makes the matrices
+    block = clock.measure("rotate", lambda: decoder.block(0))
     text = torch.randint(0, 1024, (4 * arguments.samples * arguments.seqlen,))
     samples = Samples.draw(recipe, text)
     start = decoder.embed(samples.search)
@@ -129,29 +132,45 @@ def measure(name: str, arguments: argparse.Namespace) -> dict:
         lambda: tuner.advance_quantized(tuned, prefix[0]),
         arguments.samples,
     )
+    tuner.release()
     learned = LearnedBlock(tuned, None, prefix[0], Learned(weights=False))
     teacher = Teacher(tuner.floating, decoder.head_weight().to(device, torch.float32))
     training = EndToEnd(decoder, [learned], samples.training, teacher, tuning, 0)
     training.run()
     clock.measure(f"E2E-QP, a step of {tuning.batch} samples", training.run, steps)
-    return {"shape": name, "steps": clock.steps, "model": estimate(name, clock.steps)}
+    # End to end, the other blocks' integers are on the device too.
+    blocks, block_bytes = SHAPES[name][-1], sum(w.numel() for w in block.weights.values())
+    peak = clock.steps[f"E2E-QP, a step of {tuning.batch} samples"].get("peak_bytes", 0)
+    fits = peak + (blocks - 1) * block_bytes <= device_bytes(device)
+    model = estimate(name, clock.steps, end_to_end=fits)
+    return {"shape": name, "steps": clock.steps, "model": model, "end_to_end_fits": fits}
 
 
-def estimate(name: str, steps: dict[str, dict[str, float]]) -> dict[str, float]:
+def device_bytes(device: torch.device) -> float:
+    if device.type != "cuda":
+        return float("inf")
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def estimate(
+    name: str, steps: dict[str, dict[str, float]], *, end_to_end: bool
+) -> dict[str, float]:
     """Hours for all blocks of the model, from those of one."""
     blocks = SHAPES[name][-1]
     seconds = {key: value["seconds"] for key, value in steps.items()}
     by_sample = seconds["float forward, a sample"] + seconds["quantized forward, a sample"]
     batches = PAPER_SAMPLES // FinetuneConfig().batch
     training = next(s for key, s in seconds.items() if key.startswith("Block-AP, a step"))
-    end_to_end = next(s for key, s in seconds.items() if key.startswith("E2E-QP, a step"))
+    last = next(s for key, s in seconds.items() if key.startswith("E2E-QP, a step"))
     hours = blocks / 3600
-    return {
+    model = {
         "rotate and calibrate": (seconds["rotate"] + seconds["calibrate"]) * hours,
         f"Block-AP, {PAPER_EPOCHS} epochs of {PAPER_SAMPLES} samples": hours
         * (training * batches * PAPER_EPOCHS + by_sample * PAPER_SAMPLES),
-        f"E2E-QP, an epoch of {PAPER_SAMPLES} samples": end_to_end * batches * hours,
     }
+    if end_to_end:
+        model[f"E2E-QP, an epoch of {PAPER_SAMPLES} samples"] = last * batches * hours
+    return model
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -175,9 +194,6 @@ def main() -> None:
         shapes.append(measure(name, arguments))
         gc.collect()  # cycles keep graphs, and these the memory of the shape before
         torch.cuda.empty_cache()
-        for step, cost in shapes[-1]["steps"].items():
-            memory = cost.get("peak_bytes", 0) / 2**30
-            print(f"{name}  {step}: {cost['seconds']:.3f} s, {memory:.1f} GiB", flush=True)
         for step, hours in shapes[-1]["model"].items():
             print(f"{name}  all blocks, {step}: {hours:.2f} h", flush=True)
         rows = [
@@ -186,7 +202,7 @@ def main() -> None:
             for step, cost in s["steps"].items()
         ]
         rows += [
-            [s["shape"], f"all blocks, {step}, hours", hours * 3600, None]
+            [s["shape"], f"all blocks, {step}", hours * 3600, None]
             for s in shapes
             for step, hours in s["model"].items()
         ]

@@ -183,6 +183,7 @@ class BlockPipeline:
             The blocks as they are afterwards, and what happened for the report.
         """
         start = time.monotonic()
+        self.tuner.release()
         config = config or self.recipe.finetune
         learned = Learned(config.e2e_weights, config.e2e_norms, config.e2e_prefix)
         blocks = [

@@ -23,6 +23,10 @@ from prefixquant.finetune.training import Schedule, Stepper, train, training_mod
 from prefixquant.roles import BlockWeights
 
 _FORWARD_BATCH = 4  # samples at once where nothing is trained
+# A captured step holds about this many times a block's float32 weights: latents, gradients, two
+# moments, fake-quantized copies (Llama-3-70B's block: 30 GiB for 3.2 GiB). Over this share of the
+# device's memory it is given back after every block, for the next block's calibration.
+_STEP_COPIES, _KEPT_SHARE = 9, 0.25
 
 
 class BlockTuner:
@@ -64,6 +68,8 @@ class BlockTuner:
                 store.write(rows, embedded)
         self._learned: LearnedBlock | None = None
         self._stepper: Stepper | None = None
+        self._x: Tensor | None = None
+        self._target: Tensor | None = None
 
     def _stores(self) -> list[ActivationStore]:
         return [store for store in (self.floating, self.quantized) if store is not None]
@@ -116,10 +122,23 @@ class BlockTuner:
                 on_epoch,
             )
         tuned, _ = self._learned.freeze()
+        latents = self._learned.floating_weights()
         report = log.to_dict() | {"seconds": time.monotonic() - start}
         if self.device.type == "cuda":
             report["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
-        return tuned, self._learned.floating_weights(), report
+            if self._step_bytes() > _KEPT_SHARE * torch.cuda.mem_get_info(self.device)[1]:
+                self.release()
+        return tuned, latents, report
+
+    def release(self) -> None:
+        """Gives back what a training step holds on the device; the next block makes it anew."""
+        self._learned = self._stepper = self._x = self._target = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _step_bytes(self) -> int:
+        """About what the captured step holds of the device."""
+        return _STEP_COPIES * sum(4 * p.numel() for p in self._learned.parameters())
 
     def _schedule(self) -> Schedule:
         return Schedule(
