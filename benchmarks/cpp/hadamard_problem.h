@@ -72,6 +72,8 @@ inline std::vector<HadamardConfig> configs_of(const RowHadamardParams& p) {
                                          hadamard_sums_config(p, vectors, device)};
   for (const int cluster : {1, 2, 4, 8}) {
     configs.push_back(hadamard_cluster_config(p, vectors, device, cluster));
+    configs.push_back(configs.back());
+    configs.back().threads = 1536 - configs.back().threads;  // 1024 for 512
   }
   std::vector<HadamardConfig> possible;
   for (const HadamardConfig& config : configs) {
@@ -84,7 +86,8 @@ inline std::string text_of(const HadamardConfig& config) {
   static const char* const kNames[] = {"registers", "sums", "cluster", "generic"};
   const bool shared = config.kernel == HadamardKernel::kCluster;
   return kNames[static_cast<int>(config.kernel)] +
-         (shared ? "/" + std::to_string(config.cluster) : "");
+         (shared ? "/" + std::to_string(config.cluster) + " x " + std::to_string(config.threads)
+                 : "");
 }
 
 struct Expected {

@@ -119,15 +119,16 @@ void launch_sums(const RowHadamardParams& p, const HadamardConfig& config, int a
   launch_dependent(kernel, shape, arch, stream, a);
 }
 
+template <int kThreads>
 HadamardClusterKernel cluster_kernel(const RowHadamardParams& p) {
-  if (p.k == 1) return hadamard_cluster_instance<0>();
+  if (p.k == 1) return hadamard_cluster_instance<0, kThreads>();
   switch (p.block_size / p.k / kHadamardTile) {
     case 2:
-      return hadamard_cluster_instance<2>();
+      return hadamard_cluster_instance<2, kThreads>();
     case 4:
-      return hadamard_cluster_instance<4>();
+      return hadamard_cluster_instance<4, kThreads>();
     default:
-      return hadamard_cluster_instance<1>();
+      return hadamard_cluster_instance<1, kThreads>();
   }
 }
 
@@ -145,10 +146,11 @@ void launch_cluster(const RowHadamardParams& p, const HadamardConfig& config, in
   a.smem = plan_hadamard_cluster_smem(p.block_size, p.k, config.cluster);
   LaunchShape shape;
   shape.grid = config.grid;
-  shape.block = kHadamardClusterThreads;
+  shape.block = config.threads;
   shape.smem = config.smem_bytes;
   shape.cluster = config.cluster;
-  launch_dependent(cluster_kernel(p), shape, arch, stream, a);
+  launch_dependent(config.threads == 1024 ? cluster_kernel<1024>(p) : cluster_kernel<512>(p), shape,
+                   arch, stream, a);
 }
 
 template <typename T>

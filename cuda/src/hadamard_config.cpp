@@ -51,7 +51,8 @@ bool is_few(const RowHadamardParams& p, const HadamardConfig& config,
   const int64_t by_smem =
       (device.smem_limit + kReservedSmem) / (config.smem_bytes + kStaticSmem / 2 + kReservedSmem);
   const int64_t few = int64_t{1000} * find_hadamard_sums(p.k)->few * device.sm_count / 132;
-  return p.rows * p.cols <= few && config.grid <= std::min<int64_t>(by_smem, 2) * device.sm_count;
+  const int64_t by_threads = 1024 / config.threads;
+  return p.rows * p.cols <= few && config.grid <= std::min(by_smem, by_threads) * device.sm_count;
 }
 
 template <int kIndex = 0>
@@ -170,6 +171,10 @@ HadamardConfig hadamard_cluster_config(const RowHadamardParams& p, bool vectors,
   if (smem.bytes + kStaticSmem > device.smem_limit) return config;
   config.smem_bytes = smem.bytes;
   config.grid = blocks * cluster;
+  // One round of outputs rather than two; but an SM has only one such CTA, and not every SM is free
+  // for clusters.
+  const int64_t outputs = p.block_size / cluster / 4;
+  config.threads = outputs > 512 && 2 * config.grid <= device.sm_count ? 1024 : 512;
   return config;
 }
 

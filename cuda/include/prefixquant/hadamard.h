@@ -61,7 +61,7 @@ struct HadamardConfig {
   int group = 1;     // blocks of a CTA at a time
   int64_t grid = 1;  // CTAs; 0: the kernel cannot do this
   int64_t smem_bytes = 0;
-  int threads = 256;  // of a CTA, kSums
+  int threads = 256;  // of a CTA, kSums and kCluster
 };
 
 // Where kCluster has what in a CTA's shared memory.

@@ -14,7 +14,7 @@
 //   each
 //      found by its pick, added up in the order of the operation.
 //      k = 1: lanes are rows, a thread has four neighbouring columns: shuffles.
-// Grid: `cluster` CTAs of 512 threads a block, one block each.
+// Grid: `cluster` CTAs of 512 or 1024 threads a block, one block each.
 // Smem: x float32 [k q, owned] with padding, the table (twice that), picks int16 [k, k/4], their
 //   rows padded to multiples of four.
 // Limits: 8 divides width / cluster; rows start at multiples of 16 bytes; k > 1: q <= 4;
@@ -127,7 +127,7 @@ __device__ __forceinline__ void butterflies_between_warps(const HadamardClusterA
   for (int rows = 32; rows < 1 << p.log2_rows; rows *= 2) {
     __syncthreads();
 #pragma unroll 1
-    for (uint32_t task = threadIdx.x; task < tasks; task += kHadamardClusterThreads) {
+    for (uint32_t task = threadIdx.x; task < tasks; task += blockDim.x) {
       const uint32_t row = task & ((1u << p.log2_rows) - 1), chunk = task >> p.log2_rows;
       if (row & rows) continue;
       float4* const low =
@@ -176,7 +176,7 @@ __device__ __forceinline__ void finish_kept(const HadamardClusterArgs& p, uint32
 #pragma unroll 1
   for (bool maximum = p.scaling == RowScale::kDynamic;; maximum = false) {
 #pragma unroll 1
-    for (uint32_t task = threadIdx.x; task < tasks; task += kHadamardClusterThreads) {
+    for (uint32_t task = threadIdx.x; task < tasks; task += blockDim.x) {
       const OutputTask t = output_task<Q>(p, task, rank);
       const float4 kept = *reinterpret_cast<const float4*>(kept_results<Q>(p, t, task));
       const float y[4] = {__fmul_rn(kept.x, p.norm), __fmul_rn(kept.y, p.norm),
@@ -204,7 +204,7 @@ __device__ __forceinline__ void finish_outputs(const HadamardClusterArgs& p, uin
   const uint32_t tasks = rows << (p.log2_owned - 2);
   const bool keep = p.scaling == RowScale::kDynamic || (Q == 0 && p.log2_rows > 5);
 #pragma unroll 1
-  for (uint32_t first = threadIdx.x & ~31u; first < tasks; first += kHadamardClusterThreads) {
+  for (uint32_t first = threadIdx.x & ~31u; first < tasks; first += blockDim.x) {
     const uint32_t task = first + threadIdx.x % 32;
     const bool mine = task < tasks;
     const OutputTask t = output_task<Q>(p, mine ? task : first, rank);
@@ -228,9 +228,10 @@ __device__ __forceinline__ void finish_outputs(const HadamardClusterArgs& p, uin
   if (keep) finish_kept<Q>(p, tasks, rank, quantizer, row, block_at);
 }
 
-// Q: parts of 256 columns of a segment, 0 for k = 1.
-template <int Q>
-__global__ void __launch_bounds__(kHadamardClusterThreads, 2)
+// Q: parts of 256 columns of a segment, 0 for k = 1. With 512 threads the SM has two CTAs; launched
+// with fewer threads than its bound, the kernel would have one, and 16 clusters of 8 two rounds.
+template <int Q, int kThreads>
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
     hadamard_cluster_kernel(const HadamardClusterArgs p) {
   __shared__ alignas(8) uint64_t received_barrier;
   const bool alone = p.log2_cluster == 0;
@@ -268,7 +269,7 @@ __global__ void __launch_bounds__(kHadamardClusterThreads, 2)
 using HadamardClusterKernel = void (*)(HadamardClusterArgs);
 
 // Instantiated in src/inst/hadamard_cluster.cu.
-template <int Q>
+template <int Q, int kThreads>
 HadamardClusterKernel hadamard_cluster_instance();
 
 }  // namespace prefixquant

@@ -12,7 +12,6 @@
 
 namespace prefixquant {
 
-inline constexpr int kHadamardClusterThreads = 512;
 inline constexpr int kHadamardTile = 256;  // elements that a warp transforms at a time
 
 struct HadamardClusterArgs : HadamardRowArgs {
@@ -94,7 +93,7 @@ __device__ __forceinline__ void transform_tiles(const HadamardClusterArgs& p, Ga
                                                 uint32_t received) {
   const int lane = threadIdx.x % 32;
   const uint32_t vectors = p.block_size / 8;
-  const uint32_t step = (kHadamardClusterThreads / 32) << p.log2_cluster;
+  const uint32_t step = (blockDim.x / 32) << p.log2_cluster;
 #pragma unroll 1
   while (32 * tile < vectors) {
     float v[8];
@@ -129,7 +128,7 @@ __device__ __forceinline__ void make_picks(const HadamardClusterArgs& p, uint32_
   char* const picks = reinterpret_cast<char*>(hadamard_cluster_smem()) + p.smem.picks_at;
   const uint32_t vectors = p.pick_vectors.divisor;
 #pragma unroll 1
-  for (uint32_t task = threadIdx.x; task < p.k * vectors; task += kHadamardClusterThreads) {
+  for (uint32_t task = threadIdx.x; task < p.k * vectors; task += blockDim.x) {
     const uint32_t row = p.pick_vectors.divide(task), first = 4 * (task - row * vectors);
     const auto* signs = reinterpret_cast<const uint32_t*>(p.signs + row * p.k) + first;
     uint32_t words[4], picked[4];
@@ -142,12 +141,10 @@ __device__ __forceinline__ void make_picks(const HadamardClusterArgs& p, uint32_
   }
 }
 
-// The eight sums of column t of four rows.
-template <int Q>
-__device__ __forceinline__ void store_sums(const float (&x)[4][Q], int t, float* to,
-                                           uint32_t sum_stride) {
-  const float low[2] = {__fadd_rn(x[0][t], x[1][t]), __fsub_rn(x[0][t], x[1][t])};
-  const float high[2] = {__fadd_rn(x[2][t], x[3][t]), __fsub_rn(x[2][t], x[3][t])};
+// The eight sums of a column of four rows.
+__device__ __forceinline__ void store_sums(const float (&x)[4], float* to, uint32_t sum_stride) {
+  const float low[2] = {__fadd_rn(x[0], x[1]), __fsub_rn(x[0], x[1])};
+  const float high[2] = {__fadd_rn(x[2], x[3]), __fsub_rn(x[2], x[3])};
 #pragma unroll
   for (int s = 0; s < 8; ++s) {
     // Signs of the third and fourth input: ++, -+, +-, --.
@@ -156,30 +153,42 @@ __device__ __forceinline__ void store_sums(const float (&x)[4][Q], int t, float*
   }
 }
 
+// Butterflies of distance 256 and 512 of a row of k: output `part` of its Q parts.
+template <int Q>
+__device__ __forceinline__ float butterfly_part(const float (&x)[Q], uint32_t part) {
+  if constexpr (Q == 1) {
+    return x[0];
+  } else {
+    const float sign = part & 1 ? -1.0f : 1.0f;  // fma(b, -1, a) is a - b
+    const float near = __fmaf_rn(x[1], sign, x[0]);
+    if constexpr (Q == 2) return near;
+    return __fmaf_rn(__fmaf_rn(x[Q - 1], sign, x[Q - 2]), part & 2 ? -1.0f : 1.0f, near);
+  }
+}
+
+// A thread makes the sums of one part: with all Q parts of a column to itself it would store for
+// longer than reading the column Q times takes.
 template <int Q>
 __device__ __forceinline__ void make_sums(const HadamardClusterArgs& p) {
-  const uint32_t owned = 1u << p.log2_owned, tasks = p.k / 4 << p.log2_owned;
+  constexpr uint32_t kLog2Q = Q == 4 ? 2 : Q / 2;
+  const uint32_t owned = 1u << p.log2_owned, log2_columns = p.log2_owned + kLog2Q;
+  const uint32_t tasks = p.k / 4 << log2_columns;
   const uint32_t x_group = 4 * Q * owned + p.smem.pad, table_group = 8 * Q * owned + p.smem.pad;
 #pragma unroll 1
-  for (uint32_t task = threadIdx.x; task < tasks; task += kHadamardClusterThreads) {
-    const uint32_t group = task >> p.log2_owned, column = task & (owned - 1);
+  for (uint32_t task = threadIdx.x; task < tasks; task += blockDim.x) {
+    const uint32_t group = task >> log2_columns, in_group = task & ((1u << log2_columns) - 1);
+    const uint32_t part = in_group >> p.log2_owned, column = in_group & (owned - 1);
     const float* from = hadamard_cluster_smem() + group * x_group + column;
-    float x[4][Q];
+    float x[4];
 #pragma unroll
-    for (int n = 0; n < 4 * Q; ++n) x[n / Q][n % Q] = from[n * owned];
+    for (int j = 0; j < 4; ++j) {
+      float parts[Q];
 #pragma unroll
-    for (int h = 1; h < Q; h *= 2) {
-#pragma unroll
-      for (int n = 0; n < 4 * Q; ++n) {
-        if (n & h) continue;
-        const float a = x[n / Q][n % Q], b = x[n / Q][n % Q + h];
-        x[n / Q][n % Q] = __fadd_rn(a, b);
-        x[n / Q][n % Q + h] = __fsub_rn(a, b);
-      }
+      for (int q = 0; q < Q; ++q) parts[q] = from[(j * Q + q) * owned];
+      x[j] = butterfly_part<Q>(parts, part);
     }
-    float* to = hadamard_cluster_smem() + p.smem.table_at / 4 + group * table_group + column;
-#pragma unroll
-    for (int t = 0; t < Q; ++t) store_sums<Q>(x, t, to + t * owned, Q * owned);
+    float* to = hadamard_cluster_smem() + p.smem.table_at / 4 + group * table_group + in_group;
+    store_sums(x, to, Q * owned);
   }
 }
 

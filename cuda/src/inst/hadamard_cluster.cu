@@ -3,14 +3,18 @@
 
 namespace prefixquant {
 
-template <int Q>
+template <int Q, int kThreads>
 HadamardClusterKernel hadamard_cluster_instance() {
-  return hadamard_cluster_kernel<Q>;
+  return hadamard_cluster_kernel<Q, kThreads>;
 }
 
-template HadamardClusterKernel hadamard_cluster_instance<0>();
-template HadamardClusterKernel hadamard_cluster_instance<1>();
-template HadamardClusterKernel hadamard_cluster_instance<2>();
-template HadamardClusterKernel hadamard_cluster_instance<4>();
+template HadamardClusterKernel hadamard_cluster_instance<0, 512>();
+template HadamardClusterKernel hadamard_cluster_instance<1, 512>();
+template HadamardClusterKernel hadamard_cluster_instance<2, 512>();
+template HadamardClusterKernel hadamard_cluster_instance<4, 512>();
+template HadamardClusterKernel hadamard_cluster_instance<0, 1024>();
+template HadamardClusterKernel hadamard_cluster_instance<1, 1024>();
+template HadamardClusterKernel hadamard_cluster_instance<2, 1024>();
+template HadamardClusterKernel hadamard_cluster_instance<4, 1024>();
 
 }  // namespace prefixquant
