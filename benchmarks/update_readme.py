@@ -17,12 +17,18 @@ import sys
 from pathlib import Path
 
 from chart import speedup_bars
-from targets import Engine
+from target_sections.engine import Engine
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = tuple(
     ROOT / name
-    for name in ("README.md", "docs/results.md", "docs/runtime.md", "docs/kernels/kv_attention.md")
+    for name in (
+        "README.md",
+        "docs/results.md",
+        "docs/runtime.md",
+        "docs/fine-tuning.md",
+        "docs/kernels/kv_attention.md",
+    )
 )
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -120,6 +126,39 @@ def solver_summary(result: dict) -> dict:
     }
 
 
+def finetune_summary(results: list[dict]) -> list[dict]:
+    """All files of run_finetune.py of one protocol as one table: each float model once, then a row
+    a phase."""
+    tables: dict[str, dict] = {}
+    for result in results:
+        for run, row in zip(result["runs"], result["rows"], strict=True):
+            setting, prefix, phase, *figures = row
+            tuning = run.get("recipe", {}).get("finetune")
+            epochs = extras = ""
+            if tuning:
+                epochs = f"{tuning['epochs']} + {tuning['e2e_epochs']}"
+                trained = {"e2e_norms": "norms", "e2e_prefix": "prefix"}
+                extras = ", ".join(name for key, name in trained.items() if tuning[key])
+            table = tables.setdefault(
+                result["title"],
+                {
+                    "table": "finetune",
+                    "title": result["title"],
+                    "columns": ["setting", "prefix", "epochs", "phase", *result["columns"][3:]],
+                    "rows": [],
+                    "note": result["note"] + " Epochs: of Block-AP + end to end; the latter trains "
+                    "norms and the prefix's K/V too where its row says so.",
+                },
+            )
+            label = phase + (f" ({extras} too)" if extras and phase.startswith("then") else "")
+            line = [setting, prefix, epochs, label, *figures]
+            if line not in table["rows"]:
+                table["rows"].append(line)
+    for table in tables.values():
+        table["rows"].sort(key=lambda row: (row[0] != "FLOAT", row[0]))
+    return list(tables.values())
+
+
 _ENGINE_CASES = {  # label -> (case, key)
     "prefill 1 x 512": ("decode-1x512", "prefill_ms"),
     "prefill 1 x 2048": ("prefill-1x2048", "prefill_ms"),
@@ -192,7 +231,8 @@ def charts(folder: Path) -> dict[Path, str]:
 def load_results(folder: Path) -> list[dict]:
     found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.rglob("*.json"))]
     found = [r for r in found if isinstance(r, dict)]
-    results = [r for r in found if "table" in r]
+    tuned = [r for r in found if r.get("table") == "finetune"]
+    results = [r for r in found if "table" in r and r not in tuned] + finetune_summary(tuned)
     results += [solver_summary(r) for r in found if r.get("experiment") == "weight-only solvers"]
     results += [engine_summary(r) for r in results if r["table"] == "engine"]
     return results + [gemm_summary(r) for r in results if r["table"] == "gemm_w4"]
