@@ -132,8 +132,11 @@ def test_two_gpus_are_one(family, length, tmp_path):
     # Every token of the two ranks is the likeliest of one, or near it.
     tokens = output["tokens"]
     longer = torch.cat([mask, torch.ones(len(tokens), tokens.shape[1] - length)], 1).long()
-    logits = model(tokens.cuda(), attention_mask=longer.cuda()).logits[:, length - 1 : -1]
-    logits = logits.cpu().float()
+    positions = (longer.cumsum(-1) - 1).clamp(min=0)  # as generate counts them
+    logits = model(
+        tokens.cuda(), attention_mask=longer.cuda(), position_ids=positions.cuda()
+    ).logits
+    logits = logits[:, length - 1 : -1].cpu().float()
     chosen = logits.gather(-1, tokens[:, length:, None])[..., 0]
     assert ((logits.max(-1).values - chosen) / logits.std(-1)).max() < 0.2
     alone = generate(model, ids.cuda(), mask.cuda()).cpu()
