@@ -248,6 +248,19 @@ def test_shards_and_index(tmp_path):
 # ---------------------------------------------------------------------------- writing
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_permissions_are_those_that_the_umask_leaves(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        write_checkpoint(tmp_path / "q", random_tensors(), CONFIG, quantization())
+    finally:
+        os.umask(before)
+    modes = {entry.name: entry.stat().st_mode & 0o777 for entry in (tmp_path / "q").iterdir()}
+    assert WEIGHTS_NAME in modes
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+    assert (tmp_path / "q").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
 def test_output_folder_rules(tmp_path, checkpoint):
     tensors = random_tensors(seed=1)
     with pytest.raises(UserError, match="not empty"):

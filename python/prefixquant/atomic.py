@@ -16,19 +16,17 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, mode: int | None = None) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder to fill; when the block ends without an error it becomes ``path``.
 
     Args:
         path: the folder to make. What stands there is replaced, and comes back if that fails.
-        mode: its permissions; None gives it those of any new folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
         yield partial
-        # mkdtemp makes a private folder.
-        partial.chmod(usual_mode(0o777) if mode is None else mode)
+        partial.chmod(usual_mode(0o777))  # mkdtemp makes a private folder
         _flush_folder(partial)
         _take_name(partial, path)
     except BaseException:

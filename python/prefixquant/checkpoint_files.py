@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prefixquant.atomic import usual_mode
 from prefixquant.checkpoint_layout import short
 from prefixquant.errors import CheckpointError
 
@@ -74,7 +75,7 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int)
             metadata={"format": "pt"},
         )
         # safetensors makes its files private (0600), unlike everything else in the folder.
-        (folder / shard).chmod((folder / shard).stat().st_mode | 0o044)
+        (folder / shard).chmod(usual_mode(0o666))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / INDEX_NAME, index)

@@ -219,7 +219,7 @@ def without_hadamard(weight: Tensor, size: int) -> Tensor:
 def _write(checkpoint: Checkpoint, view: _View, output: Path) -> None:
     config = {k: v for k, v in checkpoint.config.items() if k != "auto_map"}
     config["quantization_config"] = view.config()
-    with atomic_folder(output, mode=0o755) as partial:
+    with atomic_folder(output) as partial:
         write_shards(partial, view.tensors, MAX_SHARD_BYTES)
         write_json(partial / CONFIG_NAME, config)
         if (checkpoint.path / "tokenizer_config.json").exists():

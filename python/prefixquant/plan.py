@@ -20,7 +20,7 @@ from prefixquant import checkpoint_layout
 from prefixquant.block import BlockShape, PrefixKV, block_forward
 from prefixquant.calibrate import Streams, calibrate_block
 from prefixquant.config import QuantizationConfig, RecipeConfig, Rotations
-from prefixquant.report import _head, peak_memory_bytes
+from prefixquant.report import peak_memory_bytes, report_head
 from prefixquant.roles import LINEARS, BlockWeights, Geometry, model_geometry, model_roles
 from prefixquant.rotate import plan_rotations
 from prefixquant.solvers import WeightSolver
@@ -64,7 +64,7 @@ def plan_report(
     storage = checkpoint_layout.storage(sizes, quantization)
     shape = BlockShape(geometry, rotations.r3_size, rotations.r4_size)
     return {
-        **_head("dry-run", sys.argv),
+        **report_head("dry-run", sys.argv),
         "model": model,
         "scheme": str(recipe.scheme),
         "architecture": dataclasses.asdict(sizes),

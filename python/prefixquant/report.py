@@ -39,7 +39,7 @@ def quantize_report(
 ) -> dict[str, Any]:
     """The report of `quantize`: ``details`` is what the pipeline says, the rest is its setting."""
     return {
-        **_head("quantize", command),
+        **report_head("quantize", command),
         "model": source,
         "scheme": str(quantization.scheme),
         "recipe": {**dataclasses.asdict(recipe), "scheme": str(recipe.scheme)},
@@ -56,7 +56,7 @@ def eval_report(
     evaluation: Mapping[str, Any], target: str, *, command: Sequence[str]
 ) -> dict[str, Any]:
     return {
-        **_head("eval", command),
+        **report_head("eval", command),
         "model": target,
         "evaluation": dict(evaluation),
         "peak_memory_bytes": peak_memory_bytes(),
@@ -74,7 +74,7 @@ def inspect_report(checkpoint: Any) -> dict[str, Any]:
     }
 
 
-def _head(command_name: str, command: Sequence[str]) -> dict[str, Any]:
+def report_head(command_name: str, command: Sequence[str]) -> dict[str, Any]:
     from prefixquant.doctor import environment
 
     return {
