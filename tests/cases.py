@@ -23,6 +23,9 @@ HADAMARD_SIZES = (
     *(20, 80, 160, 112, 36 * 16, 76 * 64, 140 * 16, 156 * 4, 172 * 64),
 )
 
+# Blocks whose k part is a sum of integers (60 < k < 512).
+INTEGER_SIZES = (76, 76 * 2, 108 * 8, 140 * 16, 172 * 64)
+
 # [B, H, T, D] of keys and values.
 KV_SHAPES = (
     (1, 1, 1, 64),
@@ -52,6 +55,25 @@ def poisoned(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     if x.numel():
         for i, value in enumerate(values):
             x.view(-1)[(i * 7 + 1) % x.numel()] = value
+    return x
+
+
+def edge_blocks(size: int, dtype: torch.dtype) -> Tensor:
+    """Rows of one block: NaN, infinity, zeros of both signs, the largest finite values, an outlier
+    of 1000, of 10^6, the smallest values of the dtype, one value, and normal ones."""
+    x = torch.randn(9, size)
+    x[2] = -0.0
+    x[5, 3] = 1e6
+    x[4, size // 2] = 1000.0
+    x = x.to(dtype)
+    x[0, 1], x[1, size - 1] = float("nan"), -float("inf")
+    x[2, ::3] = 0.0
+    info = torch.finfo(dtype)
+    x[3, ::5], x[3, 1::5] = info.max / size, -info.max / size
+    x[6] = (x[6].sign() * info.tiny).to(dtype)
+    x[6, 2] = info.smallest_normal * info.eps
+    x[7] = 0
+    x[7, size // 3] = -3.25
     return x
 
 

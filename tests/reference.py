@@ -75,6 +75,21 @@ def add(residual: Tensor, x: Tensor) -> Tensor:
 # ---- Hadamard ----
 
 
+def integer_sign_sums(x: Tensor, signs: Tensor, block_size: int) -> Tensor:
+    """The k part of a transform with 60 < k < 512, float32 [blocks, k, pow2]: sums of integers.
+
+    All of it in float64, which holds every number here, and the sums, without rounding.
+    """
+    largest = x.double().abs().amax((1, 2), keepdim=True)
+    finite = largest.isfinite()
+    exponent = torch.frexp(torch.where(finite, largest, 0.0)).exponent.clamp_min(-90).double()
+    integers = torch.where(finite, x.double() * 2.0 ** (22 - exponent), 0.0).round()
+    sums = torch.einsum("ij,bjc->bic", signs.double(), integers)
+    norm = torch.tensor(1.0 / math.sqrt(block_size), dtype=torch.float32)
+    factor = (norm.double() * 2.0 ** (exponent - 22)).float()
+    return torch.where(finite, sums.float() * factor, float("nan"))
+
+
 def hadamard_float32(x: Tensor, signs: Tensor | None, block_size: int) -> Tensor:
     """The transform before it is rounded to the dtype of x."""
     k = 1 if signs is None else signs.shape[0]
@@ -87,6 +102,8 @@ def hadamard_float32(x: Tensor, signs: Tensor | None, block_size: int) -> Tensor
         y = torch.stack((a + b, a - b), dim=2)
         h *= 2
     y = y.reshape(-1, k, pow2)
+    if 60 < k < 512:
+        return integer_sign_sums(y, signs, block_size).reshape(x.shape)
     if signs is not None:
         total = torch.zeros_like(y)
         for j in range(0, k, 4):

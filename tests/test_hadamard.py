@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """hadamard, hadamard_quantize and swiglu_hadamard_quantize against the reference, bit for bit."""
 
+import math
+from fractions import Fraction
+
 import pytest
 import reference
 import torch
 from cases import (
     FLOAT_DTYPES,
     HADAMARD_SIZES,
+    INTEGER_SIZES,
     ROW_COUNTS,
     SIGN_SIZES,
+    edge_blocks,
     outlier_rows,
     poisoned,
     strided,
@@ -101,6 +106,40 @@ def test_not_a_number_stays_in_its_block(isa, dtype, size):
     check_dynamic(x, x.flip(0), signs, size)
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("size", INTEGER_SIZES)
+def test_sums_of_integers_at_the_edges(isa, dtype, size):
+    """60 < k < 512: a block is scaled by its largest magnitude, all of it NaN where that is not."""
+    signs = signs_of(size)
+    x = edge_blocks(size, dtype)
+    y = hadamard(x, signs, size)
+    assert_bits_equal(y, reference.hadamard(x, signs, size))
+    assert y[0].isnan().all()
+    assert y[1].isnan().all()
+    assert (y[2] == 0).all()
+    q = hadamard_quantize(x, signs, size, SCALE, 8)
+    assert_bits_equal(q, reference.hadamard_quantize(x, signs, size, SCALE, 8))
+    assert not q[:3].any()
+    check_dynamic(x, x.flip(0), signs, size)
+
+
+def test_sums_of_integers_by_their_definition():
+    """One block in Python's own integers and fractions."""
+    size, k = 152, 76
+    signs = signs_of(size)
+    x = outlier_rows(1, size, torch.float32)[0]
+    x[3] *= 1000
+    even, odd = x[::2], x[1::2]
+    values = torch.stack((even + odd, even - odd), 1)
+    exponent = math.frexp(values.abs().max().item())[1]
+    integers = [[round(Fraction(v) * 2 ** (22 - exponent)) for v in row] for row in values.tolist()]
+    factor = torch.tensor(1 / math.sqrt(size)) * 2.0 ** (exponent - 22)
+    rows = signs.tolist()
+    sums = [[sum(rows[i][j] * integers[j][c] for j in range(k)) for c in (0, 1)] for i in range(k)]
+    expected = (torch.tensor(sums, dtype=torch.int32).float() * factor).flatten()
+    assert_bits_equal(hadamard(x, signs, size), expected)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])
 def test_bits(isa, bits):
     x = outlier_rows(5, 1536, torch.bfloat16, factor=20.0)
@@ -109,7 +148,7 @@ def test_bits(isa, bits):
     assert_bits_equal(q, reference.hadamard_quantize(x, signs, 1536, SCALE, bits))
 
 
-@pytest.mark.parametrize("size", [64, 96, 576, 1536])
+@pytest.mark.parametrize("size", [64, 96, 576, 1536, *INTEGER_SIZES])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_error_against_the_exact_matrix(dtype, size):
     x = outlier_rows(16, size, dtype, factor=20.0)

@@ -11,8 +11,10 @@ import torch
 from cases import (
     FLOAT_DTYPES,
     HADAMARD_SIZES,
+    INTEGER_SIZES,
     ROW_COUNTS,
     SIGN_SIZES,
+    edge_blocks,
     outlier_rows,
     poisoned,
     strided,
@@ -27,8 +29,11 @@ if not (_C.with_cuda and torch.cuda.is_available()):
 
 SCALE = torch.tensor(0.23)
 # Intermediate sizes of real models; blocks of more than one segment of 1024; the largest.
-MODEL_SIZES = (1536, 4864, 8192, 8960, 9728, 11008, 12288, 13824, 14336, 16384, 18944, 27648, 28672)
-COMPILED = [k for k in SIGN_SIZES if k != 156]
+MODEL_SIZES = (
+    *(1536, 4864, 8192, 8960, 9728, 11008, 12288, 13824, 14336, 16384, 17408, 18944, 25600),
+    *(27648, 28672),
+)
+COMPILED = [k for k in SIGN_SIZES if k <= 60]
 
 
 def signs_of(size):
@@ -108,9 +113,9 @@ def test_sizes(size):
 
 
 @pytest.mark.parametrize("size", MODEL_SIZES)
-@pytest.mark.parametrize("rows", [1, 2, 40, 300])
+@pytest.mark.parametrize("rows", [1, 2, 40, 150, 300])
 def test_model_sizes(size, rows):
-    if rows * size > 4e6:
+    if rows * size > 4.5e6:
         pytest.skip("larger than this test needs")
     signs = signs_of(size)
     for dtype in (torch.bfloat16, torch.float16):
@@ -155,6 +160,38 @@ def test_not_a_number_stays_in_its_block(dtype, size):
     check(x, signs, size)
     check(x, signs, size, 8)
     check_swiglu(x, x.flip(0), signs, size)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("size", [*INTEGER_SIZES, 76 * 64, 76 * 128, 148 * 128, 68 * 256])
+@pytest.mark.parametrize("copies", [1, 40])
+def test_sums_of_integers_at_the_edges(dtype, size, copies):
+    """NaN and infinity fill their block and no other, whatever kernel takes it."""
+    if dtype == torch.float32 and copies > 1:
+        pytest.skip("one kernel")
+    x = edge_blocks(size, dtype).repeat(copies, 1)
+    check(x, signs_of(size), size)
+    check(x, signs_of(size), size, 8)
+    check(torch.cat((x, x.flip(0)), 1), signs_of(size), size)
+    check_swiglu(x, x.flip(0), signs_of(size), size)
+    finite = x[2:9]
+    check_swiglu(
+        finite[torch.arange(2 * copies) % 7],
+        torch.ones(2 * copies, size).to(dtype),
+        signs_of(size),
+        size,
+    )
+
+
+@pytest.mark.parametrize("k", [64, 84, 128, 132, 176, 192, 200])
+@pytest.mark.parametrize("pow2", [8, 32, 64, 128, 256, 512])
+def test_any_signs_of_integer_sums(k, pow2):
+    """Sizes of no Hadamard matrix: the kernels take any signs."""
+    if k * pow2 > 48000:
+        pytest.skip("larger than a CTA's shared memory")
+    signs = (torch.randint(0, 2, (k, k)) * 2 - 1).to(torch.int8)
+    for rows in (3, 150):
+        check(torch.randn(rows, k * pow2).half(), signs, k * pow2)
 
 
 def test_rate_of_differing_levels_after_swiglu():

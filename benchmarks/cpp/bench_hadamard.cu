@@ -6,7 +6,8 @@
 //   bench_hadamard few             fewer of them, for its slower tools
 //   bench_hadamard time            microseconds and shares of the copy bandwidth, back to back;
 //                                  for few rows also what a launch adds between two linear layers
-//   bench_hadamard sweep [rows..]  the same for every configuration; HadamardSums::few is from it
+//   bench_hadamard sweep [k>N] [rows..]  the same for every configuration; HadamardSums::few and
+//                                  kFewIntegers are from it
 //   bench_hadamard                 check on larger sizes, then time
 #include <cuda_bf16.h>
 
@@ -93,12 +94,15 @@ int check_all(Size size) {
     run({0, block * (block < 64 ? 48 : 1), block, 1, false, kNone});
   }
   run({0, 4096, 256, 1, false, kNone});
-  for (const HadamardSums& sums : kHadamardSums) {
-    if (sums.k == 1) continue;
-    for (const int64_t pow2 : {2, 8, 32, 64, 512}) {
-      if (sums.k * pow2 > 56000 || (small && pow2 > 64 && sums.k > 28)) continue;
-      if (few && (sums.k % 3 != 1 || pow2 == 32 || pow2 == 2)) continue;
-      run({0, sums.k * pow2 * (pow2 < 64 ? 2 : 1), sums.k * pow2, sums.k, false, kNone});
+  std::vector<int> sizes = {68, 76, 108, 132, 148, 172, 188, 200};  // sums of integers
+  for (const HadamardSums& sums : kHadamardSums) sizes.push_back(sums.k);
+  for (const int k : sizes) {
+    if (k == 1) continue;
+    for (const int64_t pow2 : {2, 8, 32, 64, 128, 256, 512}) {
+      if (k * pow2 > 56000 || (k <= 60 && (pow2 == 128 || pow2 == 256))) continue;
+      if (small && pow2 > 64 && k > 28 && (k <= 60 || k > 108)) continue;
+      if (few && (k % 3 != 1 || pow2 == 32 || pow2 == 2 || (k > 60 && pow2 > 64))) continue;
+      run({0, k * pow2 * (pow2 < 64 ? 2 : 1), k * pow2, k, false, kNone});
     }
   }
   run({0, 28672, 28672, 28, false, kNone});
@@ -251,7 +255,7 @@ void time_all() {
   }
 }
 
-void time_sweep(const std::vector<int64_t>& rows_list) {
+void time_sweep(int above, const std::vector<int64_t>& rows_list) {
   const double copy = copy_bandwidth();
   std::printf("device copy: %.3f TB/s\n", copy * 1e-12);
   for (const Block& b : {Block{14336, 28},
@@ -265,7 +269,11 @@ void time_sweep(const std::vector<int64_t>& rows_list) {
                          {13824, 108},
                          {8960, 140},
                          {18944, 148},
-                         {11008, 172}}) {
+                         {11008, 172},
+                         {9728, 76},
+                         {17408, 68},
+                         {27648, 108}}) {
+    if (b.k <= above) continue;
     for (const int64_t rows : rows_list) {
       time_case({rows, b.block, b.block, b.k, true, kStatic}, kStatic, true, copy, true);
     }
@@ -280,9 +288,17 @@ int main(int argc, char** argv) try {
   const std::string mode = argc > 1 ? argv[1] : "";
   if (mode == "sweep") {
     std::vector<int64_t> rows;
-    for (int i = 2; i < argc; ++i) rows.push_back(std::stoll(argv[i]));
+    int above = 0;
+    for (int i = 2; i < argc; ++i) {
+      const std::string word = argv[i];
+      if (word.rfind("k>", 0) == 0) {
+        above = std::stoi(word.substr(2));
+      } else {
+        rows.push_back(std::stoll(word));
+      }
+    }
     if (rows.empty()) rows = {1, 16, 64, 256, 1024, 4096};
-    time_sweep(rows);
+    time_sweep(above, rows);
     return 0;
   }
   if (mode != "time" && check_all(mode == "few"     ? Size::kFew

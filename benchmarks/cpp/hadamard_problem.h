@@ -12,14 +12,17 @@
 #include <string>
 #include <vector>
 
+#include "harness.h"
 #include "prefixquant/hadamard.h"
 #include "prefixquant/launch.h"
 
 namespace prefixquant::bench {
 
+// The compiled matrix; where there is none, any signs.
 inline std::vector<int8_t> signs_of(int k) {
   std::vector<int8_t> out(k * k, 1);
-  compiled_hadamard_signs(k, out.data());
+  if (k == 1 || compiled_hadamard_signs(k, out.data())) return out;
+  for (int8_t& sign : out) sign = generator()() & 1 ? 1 : -1;
   return out;
 }
 
@@ -37,6 +40,31 @@ struct Case {
   bool flipped_signs = false;  // another Hadamard matrix than the compiled one
 };
 
+// The k part on integers (60 < k < 512), float64 where it is exact.
+inline std::vector<float> integer_sums(const std::vector<float>& v, int64_t k,
+                                       const std::vector<int8_t>& signs, float norm) {
+  float largest = 0.0f;
+  for (const float x : v) largest = std::max(largest, std::fabs(x));
+  int exponent = 0;
+  std::frexp(largest, &exponent);
+  exponent = std::max(exponent, -90);
+  const int64_t pow2 = v.size() / k;
+  std::vector<int32_t> integers(v.size());
+  for (size_t i = 0; i < v.size(); ++i) {
+    integers[i] = static_cast<int32_t>(std::nearbyint(std::ldexp(1.0 * v[i], 22 - exponent)));
+  }
+  const float factor = std::ldexp(norm, exponent - 22);
+  std::vector<float> y(v.size());
+  for (int64_t i = 0; i < k; ++i) {
+    for (int64_t r = 0; r < pow2; ++r) {
+      int32_t sum = 0;
+      for (int64_t j = 0; j < k; ++j) sum += signs[i * k + j] * integers[j * pow2 + r];
+      y[i * pow2 + r] = static_cast<float>(sum) * factor;
+    }
+  }
+  return y;
+}
+
 // The transform by its definition, float32 in the order of the operation.
 inline void transform(std::vector<float>& v, int64_t k, const std::vector<int8_t>& signs) {
   const int64_t pow2 = v.size() / k;
@@ -48,6 +76,10 @@ inline void transform(std::vector<float>& v, int64_t k, const std::vector<int8_t
     }
   }
   const float norm = static_cast<float>(1.0 / std::sqrt(static_cast<double>(v.size())));
+  if (hadamard_sums_are_integers(k)) {
+    v = integer_sums(v, k, signs, norm);
+    return;
+  }
   std::vector<float> y(v.size());
   for (int64_t i = 0; i < k; ++i) {
     for (int64_t r = 0; r < pow2; ++r) {
@@ -69,9 +101,11 @@ inline std::vector<HadamardConfig> configs_of(const RowHadamardParams& p) {
   const HadamardDevice device{current.arch, current.sm_count, current.smem_limit};
   const bool vectors = hadamard_vectors(p);
   std::vector<HadamardConfig> configs = {choose_hadamard_config(p, vectors, device),
-                                         hadamard_sums_config(p, vectors, device)};
+                                         hadamard_sums_config(p, vectors, device),
+                                         hadamard_mma_config(p, vectors, device)};
   for (const int cluster : {1, 2, 4, 8}) {
     configs.push_back(hadamard_cluster_config(p, vectors, device, cluster));
+    if (hadamard_sums_are_integers(p.k)) continue;
     configs.push_back(configs.back());
     configs.back().threads = 1536 - configs.back().threads;  // 1024 for 512
   }
@@ -83,7 +117,7 @@ inline std::vector<HadamardConfig> configs_of(const RowHadamardParams& p) {
 }
 
 inline std::string text_of(const HadamardConfig& config) {
-  static const char* const kNames[] = {"registers", "sums", "cluster", "generic"};
+  static const char* const kNames[] = {"registers", "sums", "mma", "cluster", "generic"};
   const bool shared = config.kernel == HadamardKernel::kCluster;
   return kNames[static_cast<int>(config.kernel)] +
          (shared ? "/" + std::to_string(config.cluster) + " x " + std::to_string(config.threads)

@@ -3,14 +3,20 @@
 //
 // Layout: the block is [k, 2^m], k outer. Order of the additions, part of the operation's
 // definition: butterflies (a + b, a - b) over the 2^m part with distance h = 1, 2, 4, ..., then for
-// each output row i, with s_j = sign[i, j], the sum from left to right over g = 0 .. k/4 - 1 of
-//   (s_4g x[4g, :] + s_4g+1 x[4g+1, :]) + (s_4g+2 x[4g+2, :] + s_4g+3 x[4g+3, :]),
-// then one multiplication by `norm`. A group has only 16 values, 8 and their negatives, whatever
-// the number of rows: they are formed once and each row picks its own, k/4 additions instead of k.
-// Several butterfly stages are done in registers at a time; that changes no operand of any
-// addition.
+// each output row i, with s_j = sign[i, j],
+//   k <= 60 (and k >= 512): the sum from left to right over g = 0 .. k/4 - 1 of
+//     (s_4g x[4g, :] + s_4g+1 x[4g+1, :]) + (s_4g+2 x[4g+2, :] + s_4g+3 x[4g+3, :]),
+//     then one multiplication by `norm`;
+//   60 < k < 512: integers, whose sums are exact in any order. With M = max |x| over the block and
+//     2^(e-1) <= M < 2^e, e at least -90: X = rint(x 2^(22-e)), half to even, S = sum of s_j X_j in
+//     int32 (k 2^22 < 2^31), y = float32(S) * (2^(e-22) norm). NaN everywhere where M is not
+//     finite.
+// A group of four has only 16 values, 8 and their negatives, whatever the number of rows: they are
+// formed once and each row picks its own, k/4 additions instead of k. Several butterfly stages are
+// done in registers at a time; that changes no operand of any addition.
 #pragma once
 
+#include "abs_max.h"
 #include "quantize.h"
 
 PQ_ISA_NAMESPACE_BEGIN
@@ -126,12 +132,31 @@ PQ_INLINE void fwht(float* x, int64_t total, int64_t pow2) {
   if (2 * h <= pow2) butterfly_pass<2>(x, total, h);
 }
 
+// ---- integers ----
+
+PQ_INLINE bool sums_are_integers(int64_t k) { return k > 60 && k < 512; }
+
+// Turns the block into integers in place; returns what a sum of them is multiplied by.
+PQ_INLINE float to_integers(float* x, const HadamardParams& p) {
+  constexpr int32_t kInfinity = 0x7F800000;
+  const int32_t largest = max_magnitude<int32_t, kLanes>(x, p.block, 0x7FFFFFFF);
+  const int32_t e = (largest >> 23) - 126 > -90 ? (largest >> 23) - 126 : -90;
+  const float factor = bits_float(static_cast<uint32_t>(127 + 22 - e) << 23);
+  // Adding kRoundMagic leaves the integer in the low bits, up to 2^22 itself.
+  for (int64_t c = 0; c < p.block; c += kLanes) {
+    const Floats<kLanes> v = load<Floats<kLanes>>(x + c) * factor + kRoundMagic;
+    store(x + c, (Words<kLanes>)v - static_cast<uint32_t>(kRoundMagicBits));
+  }
+  if (largest >= kInfinity) return bits_float(0x7FC00000u);
+  return bits_float(static_cast<uint32_t>(127 - 22 + e) << 23) * p.norm;
+}
+
 // The 16 signed sums of one group of four inputs, in the order of HadamardParams::picks: bit b of
 // the index is set where the sign of input b is -1. (a - b) is a + (-b), and the negative of a sum
-// is the sum of the negatives, so all are what the definition adds.
-template <int W>
+// is the sum of the negatives, so all are what the definition adds. V: floats, or integers as
+// Words, which wrap around where the inputs were not finite.
+template <typename V, int W>
 PQ_INLINE void signed_sums(const float* x, int64_t pow2, float (*sums)[W]) {
-  using V = Floats<W>;
   const auto x0 = load<V>(x), x1 = load<V>(x + pow2);
   const auto x2 = load<V>(x + 2 * pow2), x3 = load<V>(x + 3 * pow2);
   const V low[2] = {x0 + x1, x0 - x1};  // + +, + -
@@ -151,21 +176,29 @@ PQ_INLINE void signed_sums(const float* x, int64_t pow2, float (*sums)[W]) {
   }
 }
 
+template <int W>
+PQ_INLINE Floats<W> finished_sum(Floats<W> sum, float factor) {
+  return sum * factor;
+}
+template <int W>
+PQ_INLINE Floats<W> finished_sum(Words<W> sum, float factor) {
+  return __builtin_convertvector((Ints<W>)sum, Floats<W>) * factor;
+}
+
 // Groups whose sums are formed at a time: 16 of them fill 16 KB of the L1 cache with AVX-512.
 constexpr int64_t kGroupsAtATime = 16;
 
 // y[i, 0 .. W) for all rows i of the sign matrix.
-template <int W>
-PQ_INLINE void sign_column(const float* x, float* y, const HadamardParams& p) {
-  using V = Floats<W>;
+template <typename V, int W>
+PQ_INLINE void sign_column(const float* x, float* y, const HadamardParams& p, float factor) {
   alignas(64) float sums[kGroupsAtATime * 16][W];
   const int64_t groups = p.k / 4;
   for (int64_t first = 0; first < groups; first += kGroupsAtATime) {
     const int64_t count = groups - first < kGroupsAtATime ? groups - first : kGroupsAtATime;
     for (int64_t g = 0; g < count; ++g) {
-      signed_sums<W>(x + 4 * (first + g) * p.pow2, p.pow2, sums + 16 * g);
+      signed_sums<V, W>(x + 4 * (first + g) * p.pow2, p.pow2, sums + 16 * g);
     }
-    const float norm = first + count == groups ? p.norm : 1.0f;
+    const bool last = first + count == groups;
     for (int64_t i = 0; i < p.k; i += kSignRows) {
       const uint8_t* picks = p.picks + i * groups + first * kSignRows;
       V acc[kSignRows] = {};
@@ -180,14 +213,25 @@ PQ_INLINE void sign_column(const float* x, float* y, const HadamardParams& p) {
         }
       }
 #pragma GCC unroll 4
-      for (int r = 0; r < kSignRows; ++r) store(y + (i + r) * p.pow2, acc[r] * norm);
+      for (int r = 0; r < kSignRows; ++r) {
+        if (last) {
+          store(y + (i + r) * p.pow2, finished_sum<W>(acc[r], factor));
+        } else {
+          store(y + (i + r) * p.pow2, acc[r]);
+        }
+      }
     }
   }
 }
 
 template <int W>
-PQ_INLINE void sign_pass(const float* x, float* y, const HadamardParams& p) {
-  for (int64_t c = 0; c < p.pow2; c += W) sign_column<W>(x + c, y + c, p);
+PQ_INLINE void sign_pass(float* x, float* y, const HadamardParams& p) {
+  if (sums_are_integers(p.k)) {
+    const float factor = to_integers(x, p);
+    for (int64_t c = 0; c < p.pow2; c += W) sign_column<Words<W>, W>(x + c, y + c, p, factor);
+  } else {
+    for (int64_t c = 0; c < p.pow2; c += W) sign_column<Floats<W>, W>(x + c, y + c, p, p.norm);
+  }
 }
 
 // Where a transformed block is and what is left to do: multiply by `factor` (1, which is exact,

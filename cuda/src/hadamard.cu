@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include "prefixquant/hadamard_cluster.cuh"
+#include "prefixquant/hadamard_cluster_mma.cuh"
 #include "prefixquant/hadamard_generic.cuh"
+#include "prefixquant/hadamard_mma.cuh"
+#include "prefixquant/hadamard_registers.cuh"
 #include "prefixquant/launch.h"
 
 namespace prefixquant {
@@ -77,8 +79,7 @@ HadamardSumsKernel sign_sums_kernel(int64_t k) {
     constexpr HadamardSums kSums = kHadamardSums[kIndex];
     if constexpr (kSums.k > 1) {
       if (k == kSums.k) {
-        return hadamard_sums_instance<SignSums<kSums.k, kSums.parts, kSums.columns>,
-                                      kSums.ctas_per_sm>();
+        return hadamard_sums_instance<SignSums<kSums.k, kSums.columns>, kSums.ctas_per_sm>();
       }
     }
     return sign_sums_kernel<kIndex + 1>(k);
@@ -119,6 +120,46 @@ void launch_sums(const RowHadamardParams& p, const HadamardConfig& config, int a
   launch_dependent(kernel, shape, arch, stream, a);
 }
 
+template <int kIndex, int kTiles = kMinHadamardMmaTiles>
+HadamardMmaKernel mma_kernel(int tiles) {
+  constexpr HadamardMmaColumns kColumns = kHadamardMmaColumns[kIndex];
+  if (tiles == kTiles) return hadamard_mma_instance<kTiles, kColumns.parts, kColumns.tasks>();
+  if constexpr (kTiles < kMaxHadamardMmaTiles) return mma_kernel<kIndex, kTiles + 1>(tiles);
+  return nullptr;
+}
+
+void launch_mma(const RowHadamardParams& p, const HadamardConfig& config, int arch,
+                cudaStream_t stream) {
+  HadamardMmaArgs a{row_args(p)};
+  a.k = static_cast<int>(p.k);
+  a.blocks = p.rows * (p.cols / p.block_size);
+  const int pow2 = a.block_size / a.k, tiles = (a.k + 15) / 16;
+  const HadamardMmaKernel kernel = pow2 == kHadamardMmaColumns[0].pow2   ? mma_kernel<0>(tiles)
+                                   : pow2 == kHadamardMmaColumns[1].pow2 ? mma_kernel<1>(tiles)
+                                   : pow2 == kHadamardMmaColumns[2].pow2 ? mma_kernel<2>(tiles)
+                                                                         : nullptr;
+  PQ_REQUIRE(kernel, "hadamard: no kernel is compiled for block_size " << p.block_size);
+  LaunchShape shape;
+  shape.grid = config.grid;
+  shape.block = config.threads;
+  shape.smem = config.smem_bytes;
+  launch_dependent(kernel, shape, arch, stream, a);
+}
+
+HadamardClusterKernel cluster_mma_kernel(int64_t k) {
+  switch ((k + 31) / 32) {
+    case 2:
+    case 3:
+      return hadamard_cluster_mma_instance<3>();
+    case 4:
+      return hadamard_cluster_mma_instance<4>();
+    case 5:
+      return hadamard_cluster_mma_instance<5>();
+    default:
+      return hadamard_cluster_mma_instance<6>();
+  }
+}
+
 template <int kThreads>
 HadamardClusterKernel cluster_kernel(const RowHadamardParams& p) {
   if (p.k == 1) return hadamard_cluster_instance<0, kThreads>();
@@ -149,8 +190,10 @@ void launch_cluster(const RowHadamardParams& p, const HadamardConfig& config, in
   shape.block = config.threads;
   shape.smem = config.smem_bytes;
   shape.cluster = config.cluster;
-  launch_dependent(config.threads == 1024 ? cluster_kernel<1024>(p) : cluster_kernel<512>(p), shape,
-                   arch, stream, a);
+  const HadamardClusterKernel kernel = hadamard_sums_are_integers(p.k) ? cluster_mma_kernel(p.k)
+                                       : config.threads == 1024        ? cluster_kernel<1024>(p)
+                                                                       : cluster_kernel<512>(p);
+  launch_dependent(kernel, shape, arch, stream, a);
 }
 
 template <typename T>
@@ -195,6 +238,8 @@ void launch_hadamard(const RowHadamardParams& p, const HadamardConfig& config,
       return launch_registers(p, config, arch, stream);
     case HadamardKernel::kSums:
       return launch_sums(p, config, arch, stream);
+    case HadamardKernel::kMma:
+      return launch_mma(p, config, arch, stream);
     case HadamardKernel::kCluster:
       return launch_cluster(p, config, arch, stream);
     case HadamardKernel::kGeneric:

@@ -9,18 +9,19 @@
 namespace prefixquant {
 namespace {
 
-constexpr int64_t kSegment = 1024;       // kMaxSegment of hadamard_tile.cuh
-constexpr int64_t kTile = 256;           // of hadamard_cluster.cuh
-constexpr int64_t kMaxInputs = 32;       // Butterflies<F>
-constexpr int64_t kThreads = 256;        // of a CTA
-constexpr int64_t kStaticSmem = 512;     // an upper bound of what the kernels have besides
+constexpr int64_t kSegment = 1024;    // kMaxSegment of hadamard_tile.cuh
+constexpr int64_t kTile = 256;        // of hadamard_cluster.cuh
+constexpr int64_t kMaxInputs = 32;    // Butterflies<F>
+constexpr int64_t kThreads = 256;     // of a CTA
+constexpr int64_t kStaticSmem = 512;  // an upper bound of what the kernels have besides
+constexpr int64_t kMmaStaticSmem = 1024;
 constexpr int64_t kReservedSmem = 1024;  // of every CTA, by the system
 
 // Blocks a CTA takes at a time: enough columns for all its threads and enough segments for all its
 // warps, but no more shared memory than three CTAs an SM can have, and work for all SMs.
 int64_t choose_group(int64_t block, int64_t segment, int64_t blocks, const HadamardSums& sums,
                      const HadamardDevice& device) {
-  const int64_t columns = sums.columns * kThreads / sums.parts;
+  const int64_t columns = sums.columns * kThreads;
   const int64_t wanted = std::max((columns + segment - 1) / segment, (12288 + block - 1) / block);
   const int64_t fits = std::max<int64_t>(1, 57344 / (4 * block));
   const int64_t shared_out = std::max<int64_t>(1, blocks / (2 * device.sm_count));
@@ -44,13 +45,15 @@ int choose_cluster(const RowHadamardParams& p, const HadamardDevice& device) {
   return cluster;
 }
 
-// Whether kCluster, which `config` is for, is faster than kSums: elements up to the measured
-// number, in one wave of CTAs.
+// Whether kCluster, which `config` is for, is faster than kSums or kMma: elements up to the
+// measured number, in one wave of CTAs.
 bool is_few(const RowHadamardParams& p, const HadamardConfig& config,
             const HadamardDevice& device) {
   const int64_t by_smem =
       (device.smem_limit + kReservedSmem) / (config.smem_bytes + kStaticSmem / 2 + kReservedSmem);
-  const int64_t few = int64_t{1000} * find_hadamard_sums(p.k)->few * device.sm_count / 132;
+  const int thousands =
+      hadamard_sums_are_integers(p.k) ? (p.k <= 112 ? 1300 : 320) : find_hadamard_sums(p.k)->few;
+  const int64_t few = int64_t{1000} * thousands * device.sm_count / 132;
   const int64_t by_threads = 1024 / config.threads;
   return p.rows * p.cols <= few && config.grid <= std::min(by_smem, by_threads) * device.sm_count;
 }
@@ -131,6 +134,33 @@ HadamardConfig hadamard_sums_config(const RowHadamardParams& p, bool vectors,
   return config;
 }
 
+HadamardConfig hadamard_mma_config(const RowHadamardParams& p, bool vectors,
+                                   const HadamardDevice& device) {
+  HadamardConfig config;
+  config.kernel = HadamardKernel::kMma;
+  config.grid = 0;
+  const int64_t pow2 = p.block_size / p.k, tiles = (p.k + 15) / 16, steps = (tiles + 1) / 2;
+  const bool whole_row = p.scaling != RowScale::kDynamic || p.cols == p.block_size;
+  if (!vectors || p.dtype == RowDtype::kFloat32 || !hadamard_sums_are_integers(p.k) ||
+      tiles < kMinHadamardMmaTiles || tiles > kMaxHadamardMmaTiles || !whole_row) {
+    return config;
+  }
+  for (const HadamardMmaColumns& columns : kHadamardMmaColumns) {
+    if (columns.pow2 != pow2) continue;
+    const int64_t row_bytes = 4 * hadamard_mma_row_words(columns.pow2);
+    const int64_t smem = 3 * (p.k / 4) * row_bytes + 512 * tiles * steps;
+    if (smem + kMmaStaticSmem > device.smem_limit) return config;
+    config.smem_bytes = smem;
+    config.threads = static_cast<int>(32 * tiles * columns.parts);
+    const int64_t by_smem =
+        (device.smem_limit + kReservedSmem) / (smem + kMmaStaticSmem + kReservedSmem);
+    const int64_t ctas =
+        std::min<int64_t>(by_smem, hadamard_mma_ctas_per_sm(config.threads, columns.tasks));
+    config.grid = std::min(p.rows * (p.cols / p.block_size), ctas * device.sm_count);
+  }
+  return config;
+}
+
 HadamardClusterSmem plan_hadamard_cluster_smem(int64_t block_size, int64_t k, int cluster) {
   const int pow2 = static_cast<int>(block_size / k), width = std::min<int>(pow2, kTile);
   const int rows = pow2 / width, owned = width / cluster, groups = static_cast<int>(k) / 4;
@@ -145,6 +175,15 @@ HadamardClusterSmem plan_hadamard_cluster_smem(int64_t block_size, int64_t k, in
   // A warp that takes columns of several groups finds them in other banks.
   smem.pad = owned < 32 ? owned : 0;
   for (smem.log2_group_rows = 2; 1 << smem.log2_group_rows < 4 * rows;) ++smem.log2_group_rows;
+  if (hadamard_sums_are_integers(k)) {
+    // The lanes of a fragment take four rows of a plane and eight columns. The product reads rows
+    // up to a multiple of eight.
+    smem.plane_row = owned == 8 ? owned : owned + 8;
+    smem.planes_at = 4 * groups * (4 * rows * owned + smem.pad);
+    smem.maxima_at = smem.planes_at + 4 * smem.plane_row * (2 * groups + (groups + 7) / 8 * 8);
+    smem.bytes = smem.maxima_at + 4 * 16 * cluster;
+    return smem;
+  }
   smem.table_at = 4 * groups * (4 * rows * owned + smem.pad);
   smem.picks_at = smem.table_at + 4 * groups * (8 * rows * owned + smem.pad);
   smem.picks_row = (groups + 3) / 4 * 4;
@@ -160,7 +199,10 @@ HadamardConfig hadamard_cluster_config(const RowHadamardParams& p, bool vectors,
   config.grid = 0;
   const int64_t pow2 = p.block_size / p.k, width = std::min<int64_t>(pow2, kTile);
   const int64_t parts = pow2 / width, blocks = p.rows * (p.cols / p.block_size);
-  const bool shape = p.k > 1 ? parts <= 4 : parts >= 2;
+  const bool integers = hadamard_sums_are_integers(p.k);
+  const bool shape = integers  ? parts == 1 && p.k <= 16 * kMaxHadamardMmaTiles
+                     : p.k > 1 ? parts <= 4
+                               : parts >= 2;
   const bool whole_row = p.scaling != RowScale::kDynamic || p.cols == p.block_size;
   if (!vectors || p.dtype == RowDtype::kFloat32 || !shape || !whole_row || width % 8 != 0 ||
       width < 8 * cluster || (cluster > 1 && device.arch < 90) || p.block_size > (1 << 20) ||
@@ -174,7 +216,8 @@ HadamardConfig hadamard_cluster_config(const RowHadamardParams& p, bool vectors,
   // One round of outputs rather than two; but an SM has only one such CTA, and not every SM is free
   // for clusters.
   const int64_t outputs = p.block_size / cluster / 4;
-  config.threads = outputs > 512 && 2 * config.grid <= device.sm_count ? 1024 : 512;
+  const bool more = !integers && outputs > 512 && 2 * config.grid <= device.sm_count;
+  config.threads = more ? 1024 : 512;
   return config;
 }
 
@@ -183,12 +226,15 @@ HadamardConfig choose_hadamard_config(const RowHadamardParams& p, bool vectors,
   HadamardConfig config = hadamard_registers_config(p, vectors);
   if (config.grid > 0) return config;
   config = hadamard_cluster_config(p, vectors, device, choose_cluster(p, device));
-  const HadamardConfig sums = hadamard_sums_config(p, vectors, device);
+  const HadamardConfig sums = hadamard_sums_are_integers(p.k)
+                                  ? hadamard_mma_config(p, vectors, device)
+                                  : hadamard_sums_config(p, vectors, device);
   if (config.grid > 0 && (sums.grid == 0 || is_few(p, config, device))) return config;
   if (sums.grid > 0) return sums;
   config = HadamardConfig();
   config.group = p.scaling == RowScale::kDynamic ? static_cast<int>(p.cols / p.block_size) : 1;
-  config.smem_bytes = config.group * p.block_size * 4;
+  const int64_t factors = hadamard_sums_are_integers(p.k) ? 1 : 0;
+  config.smem_bytes = config.group * (p.block_size + factors) * 4;
   config.grid = (p.rows * (p.cols / p.block_size) + config.group - 1) / config.group;
   return config;
 }

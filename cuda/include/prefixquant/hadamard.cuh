@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The kernels behind hadamard.h for 16-bit inputs.
+// The kernel of hadamard.h for many rows of 16-bit inputs whose sums are compiled.
 //
 // Layout: a block is [inputs, segment], segment = min(pow2, 1024), inputs = k or pow2 / 1024.
-//   hadamard_registers_kernel (inputs = 1): a warp takes tiles of 1024 elements and writes its
-//     vectors of 8 results itself.
-//   hadamard_sums_kernel: `group` blocks at a time. Warps transform segments in registers
-//     (hadamard_tile.cuh) and put them into shared memory as float32; after a barrier threads take
-//     columns, `inputs` values at distance `segment` (hadamard_sums.cuh), and write the results of
-//     neighbouring columns side by side.
+//   `group` blocks at a time. Warps transform segments in registers (hadamard_tile.cuh) and put
+//   them into shared memory as float32; after a barrier threads take columns, `inputs` values at
+//   distance `segment` (hadamard_sums.cuh), and write the results of neighbouring columns side by
+//   side.
 // Grid: persistent CTAs of 256 or 384 threads that walk over the groups.
 // Smem: 4 bytes an element of the group. Vectors of 8 floats are split in two halves, all first
 //   halves before all second ones: consecutive lanes then store consecutive 16 bytes. The second
@@ -18,26 +16,11 @@
 #pragma once
 
 #include "prefixquant/cp_async.cuh"
-#include "prefixquant/hadamard_row_args.h"
+#include "prefixquant/hadamard_registers.cuh"
 #include "prefixquant/hadamard_sums.cuh"
-#include "prefixquant/hadamard_tile.cuh"
-#include "prefixquant/quantizer.cuh"
 #include "prefixquant/row_reduce.cuh"
 
 namespace prefixquant {
-
-// Of a CTA, at least: hadamard_sums_kernel has half as many again where two CTAs an SM are all that
-// fit.
-inline constexpr int kHadamardThreads = 256;
-
-struct HadamardArgs : HadamardRowArgs {
-  int cols;
-  int segment;
-  int log2_segment;
-  int group;
-  int64_t blocks;                 // of all rows
-  FastDivisor vectors_per_block;  // block_size / 8
-};
 
 // ---- where things are in shared memory ----
 
@@ -259,13 +242,13 @@ __device__ __forceinline__ void store_levels(const float (&y)[kColumns][kOutputs
 }
 
 // The sums with signs that are not the compiled ones; slow, and the same order of additions.
-template <typename Sums, int PART, typename Load>
+template <typename Sums, typename Load>
 __device__ void sum_with_given_signs(float (&acc)[Sums::kColumns][Sums::kOutputs],
                                      const int8_t* signs, Load& load) {
   constexpr int K = Sums::kInputs;
 #pragma unroll
   for (int i = 0; i < Sums::kOutputs; ++i) {
-    const int8_t* row = signs + (PART * Sums::kOutputs + i) * K;
+    const int8_t* row = signs + i * K;
     float total[Sums::kColumns] = {};
 #pragma unroll 1
     for (int j = 0; j < K; j += 4) {
@@ -289,17 +272,16 @@ __device__ void sum_with_given_signs(float (&acc)[Sums::kColumns][Sums::kOutputs
 
 // All columns of this thread's warps; `largest` collects the magnitudes where `maximum`, otherwise
 // the results are stored.
-template <typename Sums, int PART>
+template <typename Sums>
 __device__ __forceinline__ void finish_columns(const HadamardArgs& p, const ColumnStorage& storage,
                                                int64_t first_block, uint32_t blocks,
                                                const Quantizer& quantizer, bool compiled_signs,
                                                bool maximum, uint32_t& largest) {
   constexpr int kColumns = Sums::kColumns;
-  const uint32_t step = blockDim.x / Sums::kParts * kColumns;
+  const uint32_t step = blockDim.x * kColumns;
   const uint32_t columns = blocks << p.log2_segment, width = p.segment;
-  const uint32_t warp = threadIdx.x / 32 / Sums::kParts;
   const int64_t first_element = first_block * p.block_size;
-  for (uint32_t c = (warp * 32 + threadIdx.x % 32) * kColumns; c < columns; c += step) {
+  for (uint32_t c = threadIdx.x * kColumns; c < columns; c += step) {
     const uint32_t u = c >> p.log2_segment, column = c & (width - 1);
     const uint32_t first = ((u * Sums::kInputs) << p.log2_segment) + column;
     // Where half_xor is not 0, a segment is a multiple of 8 vectors and steps keep the shift.
@@ -319,9 +301,9 @@ __device__ __forceinline__ void finish_columns(const HadamardArgs& p, const Colu
     };
     float y[kColumns][Sums::kOutputs];
     if (compiled_signs) {
-      Sums::template sum<PART>(y, load);
+      Sums::sum(y, load);
     } else if constexpr (Sums::K > 1) {
-      sum_with_given_signs<Sums, PART>(y, p.signs, load);
+      sum_with_given_signs<Sums>(y, p.signs, load);
     }
 #pragma unroll
     for (int i = 0; i < Sums::kOutputs; ++i) {
@@ -331,7 +313,7 @@ __device__ __forceinline__ void finish_columns(const HadamardArgs& p, const Colu
         y[k][i] = Sums::K > 1 ? __fmaf_rn(y[k][i], p.norm, 0.0f) : __fmul_rn(y[k][i], p.norm);
       }
     }
-    const uint32_t at = u * p.block_size + column + PART * Sums::kOutputs * p.segment;
+    const uint32_t at = u * p.block_size + column;
     if (maximum) {
 #pragma unroll
       for (int i = 0; i < Sums::kOutputs; ++i) {
@@ -344,17 +326,6 @@ __device__ __forceinline__ void finish_columns(const HadamardArgs& p, const Colu
       store_levels(y, p, quantizer, static_cast<int8_t*>(p.out) + first_element, at);
     }
   }
-}
-
-// Runs fn<PART> for the part of the outputs that this warp has.
-template <typename Sums, int PART = 0, typename... Arguments>
-__device__ __forceinline__ void finish_part(Arguments&&... arguments) {
-  if constexpr (PART + 1 < Sums::kParts) {
-    if (threadIdx.x / 32 % Sums::kParts != PART) {
-      return finish_part<Sums, PART + 1>(arguments...);
-    }
-  }
-  finish_columns<Sums, PART>(arguments...);
 }
 
 template <typename Sums, int kCtasPerSm>
@@ -387,7 +358,7 @@ __global__ void __launch_bounds__(hadamard_sums_threads(kCtasPerSm),
     uint32_t largest = 0;
     // Dynamic scales: the sums once for the largest magnitude, once more for the levels.
     for (bool maximum = p.scaling == RowScale::kDynamic;; maximum = false) {
-      finish_part<Sums>(p, storage, first, blocks, quantizer, compiled_signs, maximum, largest);
+      finish_columns<Sums>(p, storage, first, blocks, quantizer, compiled_signs, maximum, largest);
       if (!maximum) break;
       largest = block_max(largest, maxima);
       const float scale = dynamic_scale(__uint_as_float(largest), p.qmax, 1.0f);
@@ -395,55 +366,6 @@ __global__ void __launch_bounds__(hadamard_sums_threads(kCtasPerSm),
       quantizer.inv_scale = __fdiv_rn(1.0f, scale);
     }
     __syncthreads();  // before the next group overwrites the columns
-  }
-}
-
-// k = 1, pow2 <= 1024, no dynamic scale. Any cols that 8 divides; tiles do not cross rows.
-template <bool kSwiglu>
-__global__ void __launch_bounds__(kHadamardThreads)
-    hadamard_registers_kernel(const HadamardArgs p) {
-  constexpr int kVectors = 4;
-  const int lane = threadIdx.x % 32;
-  const uint32_t tile = blockIdx.x * (kHadamardThreads / 32) + threadIdx.x / 32;
-  const uint32_t tiles_per_row = p.vectors_per_block.divisor;
-  const uint32_t row = p.vectors_per_block.divide(tile);
-  grid_dependency_launch();
-  if (row >= p.blocks) return;
-  grid_dependency_wait();
-  const int64_t first =
-      static_cast<int64_t>(tile - row * tiles_per_row) * 256 * kVectors + 8 * lane;
-  const uint16_t* x = p.x + row * p.x_stride;
-  const uint16_t* up = p.up + row * p.up_stride;
-  RawTile<kSwiglu, kVectors> raw;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int64_t c = first + 256 * i;
-    raw.clear(i);
-    if (c < p.cols) raw.load(i, x + c, up + c);
-  }
-  float v[kVectors][8];
-  raw.values(p.is_bfloat16, v);
-  transform_tile<false>(v, p.segment, lane);
-  Quantizer quantizer{1.0f, p.qmin, p.qmax};
-  if (p.scaling == RowScale::kStatic) quantizer.inv_scale = __fdiv_rn(1.0f, *p.scale);
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int64_t c = first + 256 * i;
-    if (c >= p.cols) continue;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) v[i][e] = __fmul_rn(v[i][e], p.norm);
-    const int64_t at = row * static_cast<int64_t>(p.cols) + c;
-    if (p.scaling == RowScale::kStatic) {
-      *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.out) + at) = quantize8(v[i], quantizer);
-    } else if (p.is_bfloat16) {
-      RawVector<__nv_bfloat16> raw;
-      from_floats(v[i], raw);
-      raw.store(static_cast<__nv_bfloat16*>(p.out) + at);
-    } else {
-      RawVector<__half> raw;
-      from_floats(v[i], raw);
-      raw.store(static_cast<__half*>(p.out) + at);
-    }
   }
 }
 

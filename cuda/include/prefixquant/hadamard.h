@@ -7,7 +7,8 @@
 //   v = x, or silu(gate) * up                                          float32
 //   y = (H_k (x) H_pow2) v / sqrt(pow2 k)                              float32
 //   out = y rounded to x's dtype, or clamp(rint(y * (1 / scale)), qmin, qmax) as int8
-// The order of the additions is that of cpp/kernels/hadamard.h, so that transform and levels are
+// The order of the additions, and the integers that are added for 60 < k < 512, are those of
+// cpp/kernels/hadamard.h, so that transform and levels are
 // the CPU's bit for bit; silu is within 4 ulp of float32 (ex2 and rcp of the special function
 // unit), so that a level after SwiGLU may differ by one where y / scale lies within 1e-5 of a tie.
 #pragma once
@@ -47,9 +48,13 @@ struct HadamardDevice {
   int smem_limit = 232448;  // bytes of shared memory a block can have
 };
 
+// Whether the k part adds integers (cpp/kernels/hadamard.h) and not float32.
+constexpr bool hadamard_sums_are_integers(int64_t k) { return k > 60 && k < 512; }
+
 enum class HadamardKernel : int {
   kRegisters,  // k = 1, pow2 <= 1024: a warp transforms whole blocks in registers
   kSums,       // any compiled k, or k = 1 and pow2 > 1024: blocks meet in shared memory once
+  kMma,        // 60 < k <= 192, pow2 of 64 to 256: integers on the tensor cores
   kCluster,    // any k: CTAs share a block, signs are data; few rows, and other sign matrices
   kGeneric     // any k, size, dtype and alignment
 };
@@ -61,7 +66,7 @@ struct HadamardConfig {
   int group = 1;     // blocks of a CTA at a time
   int64_t grid = 1;  // CTAs; 0: the kernel cannot do this
   int64_t smem_bytes = 0;
-  int threads = 256;  // of a CTA, kSums and kCluster
+  int threads = 256;  // of a CTA; not kRegisters and kGeneric
 };
 
 // Where kCluster has what in a CTA's shared memory.
@@ -69,30 +74,47 @@ struct HadamardClusterSmem {
   int row_stride = 0;       // floats between the rows of x
   int log2_group_rows = 0;  // rows of four inputs j
   int pad = 0;              // floats after them, in x and in the table
-  int table_at = 0;         // bytes
+  int planes_at = 0;        // bytes; sums of integers: the planes and the maxima of the warps
+  int plane_row = 0;        // words of four inputs j in a plane
+  int maxima_at = 0;        // bytes
+  int table_at = 0;         // bytes; sums of float32: the table and the picks
   int picks_at = 0;         // bytes
   int picks_row = 0;        // picks of an output, a multiple of 4
   int bytes = 0;
 };
 HadamardClusterSmem plan_hadamard_cluster_smem(int64_t block_size, int64_t k, int cluster);
 
-// The sizes k whose sums are compiled with constant signs; any other multiple of 4 takes kGeneric.
-// More than 60 sums do not fit a thread's registers beside the rest: `parts` warps share a column.
+// The sizes k whose float32 sums are compiled with constant signs.
 struct HadamardSums {
   int k;            // 1: butterflies of pow2 / 1024
-  int parts;        //
   int columns;      // neighbours that a thread takes together
   int ctas_per_sm;  // that the registers are bounded for
   int few;          // thousands of elements up to which kCluster is faster on 132 SMs
 };
 inline constexpr HadamardSums kHadamardSums[] = {
-    {1, 1, 2, 2, 250},    {12, 1, 2, 3, 600},   {20, 1, 2, 3, 1000},  {28, 1, 2, 3, 2600},
-    {36, 1, 1, 3, 1500},  {40, 1, 1, 3, 1500},  {44, 1, 1, 3, 1500},  {52, 1, 1, 2, 1500},
-    {60, 1, 1, 2, 1500},  {76, 2, 1, 3, 1200},  {108, 2, 1, 2, 2000}, {140, 4, 1, 3, 4000},
-    {148, 4, 1, 3, 4000}, {172, 4, 1, 3, 4000},
+    {1, 2, 2, 250},   {12, 2, 3, 600},  {20, 2, 3, 1000}, {28, 2, 3, 2600}, {36, 1, 3, 1500},
+    {40, 1, 3, 1500}, {44, 1, 3, 1500}, {52, 1, 2, 1500}, {60, 1, 2, 1500},
 };
 // The most threads a CTA of kSums can have: three CTAs of 256 are two of 384.
 constexpr int hadamard_sums_threads(int ctas_per_sm) { return ctas_per_sm == 3 ? 384 : 256; }
+
+// The shapes of kMma: 16 outputs a tile.
+inline constexpr int kMinHadamardMmaTiles = 5;
+inline constexpr int kMaxHadamardMmaTiles = 12;
+struct HadamardMmaColumns {
+  int pow2;   // 64 parts tasks
+  int parts;  // warps that share a tile's columns
+  int tasks;  // 4 rows j x 8 columns of a thread
+};
+inline constexpr HadamardMmaColumns kHadamardMmaColumns[] = {{64, 1, 1}, {128, 1, 2}, {256, 2, 2}};
+// Words of a plane that four rows j have.
+constexpr int hadamard_mma_row_words(int pow2) { return pow2 + 8; }
+// That the registers are bounded for: 80 a thread, 96 with two tasks, are enough.
+constexpr int hadamard_mma_ctas_per_sm(int threads, int tasks) {
+  const int ctas = 65536 / (threads * (tasks == 1 ? 80 : 96));
+  return ctas > 0 ? ctas : 1;
+}
+
 // nullptr where none is compiled.
 const HadamardSums* find_hadamard_sums(int64_t k);
 // Writes the sign matrix [k, k] that the kernels of k were compiled with; false where there are
@@ -103,6 +125,8 @@ bool compiled_hadamard_signs(int64_t k, int8_t* signs);
 HadamardConfig hadamard_registers_config(const RowHadamardParams& params, bool vectors);
 HadamardConfig hadamard_sums_config(const RowHadamardParams& params, bool vectors,
                                     const HadamardDevice& device);
+HadamardConfig hadamard_mma_config(const RowHadamardParams& params, bool vectors,
+                                   const HadamardDevice& device);
 HadamardConfig hadamard_cluster_config(const RowHadamardParams& params, bool vectors,
                                        const HadamardDevice& device, int cluster);
 

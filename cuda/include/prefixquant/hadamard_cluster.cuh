@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads)
   raw.load(p, x_at, up_at, vector, 8 * vector < static_cast<uint32_t>(p.block_size));
   const float scale = p.scaling == RowScale::kStatic ? *p.scale : 1.0f;
   if (!alone) cluster_wait_acquire();  // nobody sends to a CTA that has not started
-  transform_tiles(p, raw, x_at, up_at, tile, received);
+  transform_tiles<false>(p, raw, x_at, up_at, tile, received);
   const Quantizer quantizer{__frcp_rn(scale), p.qmin, p.qmax};
   __syncthreads();
   if (!alone) cluster_wait_received(received);

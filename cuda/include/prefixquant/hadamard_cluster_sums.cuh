@@ -6,6 +6,7 @@
 
 #include "prefixquant/cp_async.cuh"
 #include "prefixquant/hadamard_exchange.cuh"
+#include "prefixquant/hadamard_integer.cuh"
 #include "prefixquant/hadamard_row_args.h"
 #include "prefixquant/hadamard_tile.cuh"
 #include "prefixquant/quantizer.cuh"
@@ -87,10 +88,13 @@ __device__ __forceinline__ void send_vector(const HadamardClusterArgs& p, const 
   }
 }
 
-// `first` holds this warp's first tile. Tiles are dealt to CTAs in turn.
-__device__ __forceinline__ void transform_tiles(const HadamardClusterArgs& p, GateUp raw,
-                                                int64_t x_at, int64_t up_at, uint32_t tile,
-                                                uint32_t received) {
+// `raw` holds this warp's first tile. Tiles are dealt to CTAs in turn. kMaximum: returns the
+// largest magnitude of this lane's results.
+template <bool kMaximum>
+__device__ __forceinline__ float transform_tiles(const HadamardClusterArgs& p, GateUp raw,
+                                                 int64_t x_at, int64_t up_at, uint32_t tile,
+                                                 uint32_t received) {
+  float largest = 0.0f;
   const int lane = threadIdx.x % 32;
   const uint32_t vectors = p.block_size / 8;
   const uint32_t step = (blockDim.x / 32) << p.log2_cluster;
@@ -105,11 +109,16 @@ __device__ __forceinline__ void transform_tiles(const HadamardClusterArgs& p, Ga
     for (int lanes = 1; lanes < 1 << (p.log2_width - 3); lanes *= 2) {
       butterflies_between_lanes(v, lanes, lane);
     }
+    if constexpr (kMaximum) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) largest = larger_magnitude(largest, v[e]);
+    }
     const uint32_t vector = 32 * tile + lane;
     if (vector < vectors) send_vector(p, v, vector, received);
     tile += step;
     raw.load(p, x_at, up_at, 32 * tile + lane, 32 * tile + lane < vectors);
   }
+  return largest;
 }
 
 // ---- 2: sums of four ----

@@ -44,6 +44,17 @@ __device__ __forceinline__ void send_to_cluster(uint32_t address, const float4& 
 #endif
 }
 
+// The same for four bytes.
+__device__ __forceinline__ void send_word_to_cluster(uint32_t address, uint32_t v,
+                                                     uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(address),
+      "r"(v), "r"(barrier)
+      : "memory");
+#endif
+}
+
 __device__ __forceinline__ void store_to_cluster(uint32_t address, uint32_t v) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");

@@ -4,11 +4,12 @@
 // does not cover.
 //
 // Grid: one CTA of 512 threads for `group` blocks (all blocks of a row where scales are dynamic).
-// Smem: 4 bytes an element of the group. Every butterfly stage goes through it.
+// Smem: 4 bytes an element of the group; 60 < k < 512: and a block's factor. Every butterfly stage
+//   goes through it.
 #pragma once
 
 #include "prefixquant/cp_async.cuh"
-#include "prefixquant/hadamard.h"
+#include "prefixquant/hadamard_integer.cuh"
 #include "prefixquant/hadamard_tile.cuh"
 #include "prefixquant/quantizer.cuh"
 #include "prefixquant/row_reduce.cuh"
@@ -18,14 +19,39 @@ namespace prefixquant {
 
 inline constexpr int kHadamardGenericThreads = 512;
 
-// Output `index` of the group: the sum over the inputs of its column, times norm.
+// The integers of a block (hadamard_integer.cuh) in place of its values; the factor of its sums.
+__device__ __forceinline__ float make_integers(float* values, int block, float norm,
+                                               uint32_t* maxima) {
+  float largest = 0.0f;
+  for (int i = threadIdx.x; i < block; i += kHadamardGenericThreads) {
+    largest = larger_magnitude(largest, values[i]);
+  }
+  const IntegerScale scale = integer_scale(block_max(magnitude_bits(largest), maxima), norm);
+  for (int i = threadIdx.x; i < block; i += kHadamardGenericThreads) {
+    values[i] = __int_as_float(integer_of(values[i], scale));
+  }
+  __syncthreads();
+  return scale.factor;
+}
+
+// Output `index` of the group: the sum over the inputs of its column, times norm. `factors`: of the
+// blocks, where their values are integers.
 __device__ __forceinline__ float generic_output(const RowHadamardParams& p, const float* values,
-                                                int index, int pow2, float norm) {
+                                                const float* factors, int index, int pow2,
+                                                float norm) {
   const int k = static_cast<int>(p.k), block = static_cast<int>(p.block_size);
   if (k == 1) return __fmul_rn(values[index], norm);
   const int first = index / block * block, row = (index - first) / pow2;
   const float* column = values + first + (index - first) % pow2;
   const int8_t* signs = p.signs + row * k;
+  if (hadamard_sums_are_integers(k)) {
+    uint32_t sum = 0;  // wraps around where the block was not finite
+    for (int j = 0; j < k; ++j) {
+      const uint32_t x = __float_as_uint(column[j * pow2]);
+      sum += signs[j] < 0 ? 0u - x : x;
+    }
+    return __fmul_rn(__int2float_rn(static_cast<int32_t>(sum)), factors[index / block]);
+  }
   float total = 0.0f;
   for (int j = 0; j < k; j += 4) {
     float x[4];
@@ -73,10 +99,20 @@ __global__ void __launch_bounds__(kHadamardGenericThreads)
     __syncthreads();
   }
 
+  float* const factors = values + group * block;
+  if (hadamard_sums_are_integers(p.k)) {
+    for (int b = 0; b < count / block; ++b) {
+      const float factor = make_integers(values + b * block, block, norm, maxima);
+      if (threadIdx.x == 0) factors[b] = factor;
+    }
+    __syncthreads();
+  }
+
   const int64_t at = first_block * block;
   if (p.scaling == RowScale::kNone) {
     for (int i = threadIdx.x; i < count; i += kHadamardGenericThreads) {
-      static_cast<T*>(p.out)[at + i] = from_float<T>(generic_output(p, values, i, pow2, norm));
+      static_cast<T*>(p.out)[at + i] =
+          from_float<T>(generic_output(p, values, factors, i, pow2, norm));
     }
     return;
   }
@@ -86,7 +122,7 @@ __global__ void __launch_bounds__(kHadamardGenericThreads)
   } else {
     uint32_t largest = 0;
     for (int i = threadIdx.x; i < count; i += kHadamardGenericThreads) {
-      largest = max(largest, magnitude_bits(generic_output(p, values, i, pow2, norm)));
+      largest = max(largest, magnitude_bits(generic_output(p, values, factors, i, pow2, norm)));
     }
     largest = block_max(largest, maxima);
     const float scale = dynamic_scale(__uint_as_float(largest), p.qmax, 1.0f);
@@ -95,7 +131,7 @@ __global__ void __launch_bounds__(kHadamardGenericThreads)
   }
   for (int i = threadIdx.x; i < count; i += kHadamardGenericThreads) {
     static_cast<int8_t*>(p.out)[at + i] =
-        quantize(generic_output(p, values, i, pow2, norm), quantizer);
+        quantize(generic_output(p, values, factors, i, pow2, norm), quantizer);
   }
 }
 

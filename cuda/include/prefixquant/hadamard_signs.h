@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The k x k Hadamard matrices of python/prefixquant/hadamard.py at compile time, by the same
-// constructions: Paley I and II over a field of p^e elements, doubling, Williamson. A kernel whose
+// constructions: Paley I and II over a field of p^e elements, doubling. A kernel whose
 // signs are constants adds eight signed sums a group of four inputs instead of multiplying k signs.
 // tests/test_hadamard_cuda.py compares every matrix with the Python one.
 #pragma once
@@ -132,27 +132,6 @@ constexpr SignMatrix<2 * K> doubled(const SignMatrix<K>& half) {
   return h;
 }
 
-// K = 4 T: [[A, B, C, D], [-B, A, -D, C], [-C, D, A, -B], [-D, -C, B, A]] of circulants, whose
-// first rows come from the search in python/prefixquant/hadamard.py: bit i is set where entry i is
-// -1.
-template <int T>
-constexpr SignMatrix<4 * T> williamson(const uint64_t (&rows)[4]) {
-  constexpr int kWhich[4][4] = {{0, 1, 2, 3}, {1, 0, 3, 2}, {2, 3, 0, 1}, {3, 2, 1, 0}};
-  constexpr bool kMinus[4][4] = {{false, false, false, false},
-                                 {true, false, true, false},
-                                 {true, false, false, true},
-                                 {true, true, false, false}};
-  SignMatrix<4 * T> h;
-  for (int i = 0; i < 4 * T; ++i) {
-    for (int j = 0; j < 4 * T; ++j) {
-      const uint64_t row = rows[kWhich[i / T][j / T]];
-      const bool entry = row >> ((j % T - i % T + T) % T) & 1;
-      h.minus[i][j] = entry != kMinus[i / T][j / T];
-    }
-  }
-  return h;
-}
-
 }  // namespace sign_construction
 
 // The matrix of size K; the sizes below are those with a kernel of their own.
@@ -167,13 +146,6 @@ constexpr SignMatrix<K> sign_matrix() {
   if constexpr (K == 44) return c::paley1<43, 1>();
   if constexpr (K == 52) return c::paley2<5, 2>();
   if constexpr (K == 60) return c::paley1<59, 1>();
-  if constexpr (K == 76) return c::paley2<37, 1>();
-  if constexpr (K == 108) return c::paley1<107, 1>();
-  if constexpr (K == 140) return c::paley1<139, 1>();
-  if constexpr (K == 148) return c::paley2<73, 1>();
-  if constexpr (K == 172) {
-    return c::williamson<43>({0x730A26450CEu, 0x385B3FCDA1Cu, 0x14D42F42B28u, 0x207AC935E04u});
-  }
 }
 
 }  // namespace prefixquant

@@ -3,14 +3,13 @@
 // The second half of a Hadamard transform on registers: one column of the block [inputs, segment],
 // that is the values x[0], x[1], .. at distance `segment`, becomes the outputs y[0], y[1], ..
 //
-//   SignSums<K, PARTS, COLUMNS>: y[i] = sum over g of (s_4g x[4g] + s_4g+1 x[4g+1]) + (s_4g+2
+//   SignSums<K, COLUMNS>: y[i] = sum over g of (s_4g x[4g] + s_4g+1 x[4g+1]) + (s_4g+2
 //   x[4g+2] + ..),
 //     the signs constants. A group has eight sums up to sign: 12 additions a group, then one
 //     addition an output and group, K/4 + 3 an element instead of K.
 //   Butterflies<F>: the stages of distance 1, 2, .. F/2 (k = 1, blocks longer than a segment).
 //
-// A column may be shared by kParts warps, each with kOutputs of the outputs; a thread has kColumns
-// adjacent columns.
+// A thread has kColumns adjacent columns.
 #pragma once
 
 #include <cstdint>
@@ -42,23 +41,22 @@ __device__ __forceinline__ float add_signed_sum(float acc, const float (&sums)[8
   }
 }
 
-template <int K_, int PARTS_, int COLUMNS_>
+template <int K_, int COLUMNS_>
 struct SignSums {
   static constexpr int K = K_;
   static constexpr int kInputs = K_;
-  static constexpr int kParts = PARTS_;
-  static constexpr int kOutputs = K_ / PARTS_;
+  static constexpr int kOutputs = K_;
   static constexpr int kColumns = COLUMNS_;
-  static_assert(K_ % 4 == 0 && K_ % PARTS_ == 0, "groups of four inputs, equal parts");
+  static_assert(K_ % 4 == 0, "groups of four inputs");
 
-  template <int FIRST_ROW, int G, int... I>
+  template <int G, int... I>
   __device__ __forceinline__ static void add_group(float (&acc)[kOutputs], const float (&sums)[8],
                                                    std::integer_sequence<int, I...>) {
-    ((acc[I] = add_signed_sum<sign_pick<K>(FIRST_ROW + I, G), G == 0>(acc[I], sums)), ...);
+    ((acc[I] = add_signed_sum<sign_pick<K>(I, G), G == 0>(acc[I], sums)), ...);
   }
 
   // load(n, x): input n of the columns.
-  template <int PART, int G, typename Load>
+  template <int G, typename Load>
   __device__ __forceinline__ static void group(float (&acc)[kColumns][kOutputs], Load& load) {
     float x[4][kColumns];
 #pragma unroll
@@ -75,19 +73,19 @@ struct SignSums {
         sums[b1 + 4] = __fadd_rn(low[b1], high[1]);
         sums[b1 + 6] = __fsub_rn(low[b1], high[0]);
       }
-      add_group<PART * kOutputs, G>(acc[c], sums, std::make_integer_sequence<int, kOutputs>{});
+      add_group<G>(acc[c], sums, std::make_integer_sequence<int, kOutputs>{});
     }
   }
 
-  template <int PART, typename Load, int... G>
+  template <typename Load, int... G>
   __device__ __forceinline__ static void groups(float (&acc)[kColumns][kOutputs], Load& load,
                                                 std::integer_sequence<int, G...>) {
-    (group<PART, G>(acc, load), ...);
+    (group<G>(acc, load), ...);
   }
 
-  template <int PART, typename Load>
+  template <typename Load>
   __device__ __forceinline__ static void sum(float (&acc)[kColumns][kOutputs], Load&& load) {
-    groups<PART>(acc, load, std::make_integer_sequence<int, K / 4>{});
+    groups(acc, load, std::make_integer_sequence<int, K / 4>{});
   }
 };
 
@@ -95,11 +93,10 @@ template <int F>
 struct Butterflies {
   static constexpr int K = 1;
   static constexpr int kInputs = F;
-  static constexpr int kParts = 1;
   static constexpr int kOutputs = F;
   static constexpr int kColumns = F <= 16 ? 2 : 1;
 
-  template <int PART, typename Load>
+  template <typename Load>
   __device__ __forceinline__ static void sum(float (&acc)[kColumns][kOutputs], Load&& load) {
 #pragma unroll
     for (int n = 0; n < F; ++n) {

@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "prefixquant/hadamard_integer.cuh"
 #include "prefixquant/kv_attention.h"
 
 namespace prefixquant {
@@ -237,6 +238,13 @@ struct SharedRow {
       }
       __syncwarp();
     }
+    if (hadamard_sums_are_integers(rotation.k)) {
+      add_integers(x, spare, dim, lane, rotation.signs, rotation.k, rotation.factor);
+      float* const swapped = x;
+      x = spare, spare = swapped;
+      __syncwarp();
+      return;
+    }
     if (rotation.k > 1) {
       for (int i = lane; i < dim; i += 32) {
         const int8_t* sign = rotation.signs + i / pow2 * rotation.k;
@@ -258,6 +266,28 @@ struct SharedRow {
     }
     for (int i = lane; i < dim; i += 32) x[i] = __fmul_rn(x[i], rotation.factor);
     __syncwarp();
+  }
+  // y = the k part of x where its sums are those of integers (hadamard_integer.cuh). Head
+  // dimensions that need it are rare: rolled loops, so that the others keep their registers.
+  __device__ __forceinline__ static void add_integers(const float* x, float* y, int dim, int lane,
+                                                      const int8_t* signs, int k, float norm) {
+    const int pow2 = dim / k;
+    float largest = 0.0f;
+#pragma unroll 1
+    for (int i = lane; i < dim; i += 32) largest = larger_magnitude(largest, x[i]);
+    const IntegerScale scale =
+        integer_scale(__reduce_max_sync(~0u, __float_as_uint(largest) & 0x7FFFFFFFu), norm);
+#pragma unroll 1
+    for (int i = lane; i < dim; i += 32) {
+      const int8_t* sign = signs + i / pow2 * k;
+      uint32_t sum = 0;  // wraps around where the row is not finite
+#pragma unroll 1
+      for (int j = 0; j < k; ++j) {
+        const auto v = static_cast<uint32_t>(integer_of(x[i % pow2 + j * pow2], scale));
+        sum += sign[j] < 0 ? 0u - v : v;
+      }
+      y[i] = finished_sum(static_cast<int32_t>(sum), scale);
+    }
   }
   template <typename T>
   __device__ __forceinline__ void store(T* to) const {

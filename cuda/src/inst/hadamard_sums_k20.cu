@@ -2,5 +2,5 @@
 #include "prefixquant/hadamard_instance.cuh"
 
 namespace prefixquant {
-template HadamardSumsKernel hadamard_sums_instance<SignSums<20, 1, 2>, 3>();
+template HadamardSumsKernel hadamard_sums_instance<SignSums<20, 2>, 3>();
 }  // namespace prefixquant

@@ -2,5 +2,5 @@
 #include "prefixquant/hadamard_instance.cuh"
 
 namespace prefixquant {
-template HadamardSumsKernel hadamard_sums_instance<SignSums<40, 1, 1>, 3>();
+template HadamardSumsKernel hadamard_sums_instance<SignSums<40, 1>, 3>();
 }  // namespace prefixquant

@@ -2,5 +2,5 @@
 #include "prefixquant/hadamard_instance.cuh"
 
 namespace prefixquant {
-template HadamardSumsKernel hadamard_sums_instance<SignSums<60, 1, 1>, 2>();
+template HadamardSumsKernel hadamard_sums_instance<SignSums<60, 1>, 2>();
 }  // namespace prefixquant

@@ -94,9 +94,16 @@ def hadamard(x: Tensor, signs: Tensor | None, block_size: int) -> Tensor:
     """``y = (H_k (x) H_{2^m}) x / sqrt(2^m k)`` on each block of 2^m k in the last dimension.
 
     A block is read as [k, 2^m]: float32 butterflies over the 2^m part with distances 1, 2, 4, ...,
-    then for each i the sum over j = 0..k-1 of ``t_j = signs[i, j] * x[j, :]``, added as
-    ``(t_0 + t_1) + (t_2 + t_3)`` in groups of four and the groups from left to right, then one
-    multiplication.
+    then for each i the sum over j = 0..k-1 of ``t_j = signs[i, j] * x[j, :]``:
+
+    - k <= 60 and k >= 512: ``(t_0 + t_1) + (t_2 + t_3)`` in groups of four and the groups from left
+      to right, float32, then one multiplication.
+    - 60 < k < 512: exact, of integers. With M the largest magnitude of the block after the
+      butterflies and ``2^(e-1) <= M < 2^e``, e at least -90: ``X = rint(x * 2^(22-e))``, their
+      signed sum S in int32, ``y = float32(S) * (2^(e-22) / sqrt(2^m k))``. An input is off by at
+      most 2^-23 of 2^e, about as much as float32 rounds a sum of that size; the whole block is NaN
+      where M is not finite.
+
     `prefixquant.hadamard.split_size` gives k and `hadamard_signs` the signs.
 
     Args:

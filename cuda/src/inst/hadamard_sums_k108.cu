@@ -1,6 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-#include "prefixquant/hadamard_instance.cuh"
-
-namespace prefixquant {
-template HadamardSumsKernel hadamard_sums_instance<SignSums<108, 2, 1>, 2>();
-}  // namespace prefixquant

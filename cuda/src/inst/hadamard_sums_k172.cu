@@ -1,6 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-#include "prefixquant/hadamard_instance.cuh"
-
-namespace prefixquant {
-template HadamardSumsKernel hadamard_sums_instance<SignSums<172, 4, 1>, 3>();
-}  // namespace prefixquant
