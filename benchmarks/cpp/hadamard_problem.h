@@ -100,9 +100,9 @@ inline std::vector<HadamardConfig> configs_of(const RowHadamardParams& p) {
   const CurrentDevice current;
   const HadamardDevice device{current.arch, current.sm_count, current.smem_limit};
   const bool vectors = hadamard_vectors(p);
-  std::vector<HadamardConfig> configs = {choose_hadamard_config(p, vectors, device),
-                                         hadamard_sums_config(p, vectors, device),
-                                         hadamard_mma_config(p, vectors, device)};
+  std::vector<HadamardConfig> configs = {
+      choose_hadamard_config(p, vectors, device), hadamard_sums_config(p, vectors, device),
+      hadamard_mma_config(p, vectors, device), hadamard_wgmma_config(p, vectors, device)};
   for (const int cluster : {1, 2, 4, 8}) {
     configs.push_back(hadamard_cluster_config(p, vectors, device, cluster));
     if (hadamard_sums_are_integers(p.k)) continue;
@@ -117,7 +117,7 @@ inline std::vector<HadamardConfig> configs_of(const RowHadamardParams& p) {
 }
 
 inline std::string text_of(const HadamardConfig& config) {
-  static const char* const kNames[] = {"registers", "sums", "mma", "cluster", "generic"};
+  static const char* const kNames[] = {"registers", "sums", "mma", "wgmma", "cluster", "generic"};
   const bool shared = config.kernel == HadamardKernel::kCluster;
   return kNames[static_cast<int>(config.kernel)] +
          (shared ? "/" + std::to_string(config.cluster) + " x " + std::to_string(config.threads)

@@ -121,10 +121,22 @@ void launch_sums(const RowHadamardParams& p, const HadamardConfig& config, int a
 }
 
 template <int kIndex, int kTiles = kMinHadamardMmaTiles>
-HadamardMmaKernel mma_kernel(int tiles) {
+HadamardMmaKernel mma_kernel(int tiles, bool swiglu) {
   constexpr HadamardMmaColumns kColumns = kHadamardMmaColumns[kIndex];
-  if (tiles == kTiles) return hadamard_mma_instance<kTiles, kColumns.parts, kColumns.tasks>();
-  if constexpr (kTiles < kMaxHadamardMmaTiles) return mma_kernel<kIndex, kTiles + 1>(tiles);
+  if (tiles == kTiles) return hadamard_mma_instance<kTiles, kColumns.parts, kColumns.tasks>(swiglu);
+  if constexpr (kTiles < kMaxHadamardMmaTiles) return mma_kernel<kIndex, kTiles + 1>(tiles, swiglu);
+  return nullptr;
+}
+
+template <int kSteps = kMinHadamardWgmmaSteps>
+HadamardMmaKernel wgmma_kernel(int steps, int pow2, bool swiglu) {
+  if (steps == kSteps) {
+    return pow2 == 64 ? hadamard_wgmma_instance<kSteps, 64>(swiglu)
+                      : hadamard_wgmma_instance<kSteps, 128>(swiglu);
+  }
+  if constexpr (kSteps < kMaxHadamardWgmmaSteps) {
+    return wgmma_kernel<kSteps + 1>(steps, pow2, swiglu);
+  }
   return nullptr;
 }
 
@@ -134,10 +146,16 @@ void launch_mma(const RowHadamardParams& p, const HadamardConfig& config, int ar
   a.k = static_cast<int>(p.k);
   a.blocks = p.rows * (p.cols / p.block_size);
   const int pow2 = a.block_size / a.k, tiles = (a.k + 15) / 16;
-  const HadamardMmaKernel kernel = pow2 == kHadamardMmaColumns[0].pow2   ? mma_kernel<0>(tiles)
-                                   : pow2 == kHadamardMmaColumns[1].pow2 ? mma_kernel<1>(tiles)
-                                   : pow2 == kHadamardMmaColumns[2].pow2 ? mma_kernel<2>(tiles)
-                                                                         : nullptr;
+  HadamardMmaKernel kernel = nullptr;
+  if (config.kernel == HadamardKernel::kWgmma) {
+    kernel = wgmma_kernel((a.k + 31) / 32, pow2, p.up);
+  } else if (pow2 == kHadamardMmaColumns[0].pow2) {
+    kernel = mma_kernel<0>(tiles, p.up);
+  } else if (pow2 == kHadamardMmaColumns[1].pow2) {
+    kernel = mma_kernel<1>(tiles, p.up);
+  } else if (pow2 == kHadamardMmaColumns[2].pow2) {
+    kernel = mma_kernel<2>(tiles, p.up);
+  }
   PQ_REQUIRE(kernel, "hadamard: no kernel is compiled for block_size " << p.block_size);
   LaunchShape shape;
   shape.grid = config.grid;
@@ -239,6 +257,7 @@ void launch_hadamard(const RowHadamardParams& p, const HadamardConfig& config,
     case HadamardKernel::kSums:
       return launch_sums(p, config, arch, stream);
     case HadamardKernel::kMma:
+    case HadamardKernel::kWgmma:
       return launch_mma(p, config, arch, stream);
     case HadamardKernel::kCluster:
       return launch_cluster(p, config, arch, stream);

@@ -45,6 +45,9 @@ int choose_cluster(const RowHadamardParams& p, const HadamardDevice& device) {
   return cluster;
 }
 
+// HadamardSums::few for sums of integers.
+constexpr int few_integers(int64_t k) { return k <= 112 ? 1300 : 320; }
+
 // Whether kCluster, which `config` is for, is faster than kSums or kMma: elements up to the
 // measured number, in one wave of CTAs.
 bool is_few(const RowHadamardParams& p, const HadamardConfig& config,
@@ -134,30 +137,56 @@ HadamardConfig hadamard_sums_config(const RowHadamardParams& p, bool vectors,
   return config;
 }
 
+namespace {
+
+// What kMma and kWgmma ask for, before their own limits.
+bool can_multiply(const RowHadamardParams& p, bool vectors) {
+  const bool whole_row = p.scaling != RowScale::kDynamic || p.cols == p.block_size;
+  return vectors && p.dtype != RowDtype::kFloat32 && hadamard_sums_are_integers(p.k) &&
+         p.k > 16 * (kMinHadamardMmaTiles - 1) && p.k <= 16 * kMaxHadamardMmaTiles && whole_row &&
+         p.rows * (p.cols / p.block_size) <= 0x7FFFFFF0;
+}
+
+void take_smem(const RowHadamardParams& p, const HadamardDevice& device, int64_t smem,
+               int64_t ctas_per_sm, HadamardConfig& config) {
+  if (smem + kMmaStaticSmem > device.smem_limit) return;
+  config.smem_bytes = smem;
+  const int64_t by_smem =
+      (device.smem_limit + kReservedSmem) / (smem + kMmaStaticSmem + kReservedSmem);
+  config.grid = std::min(p.rows * (p.cols / p.block_size),
+                         std::min<int64_t>(by_smem, ctas_per_sm) * device.sm_count);
+}
+
+}  // namespace
+
 HadamardConfig hadamard_mma_config(const RowHadamardParams& p, bool vectors,
                                    const HadamardDevice& device) {
   HadamardConfig config;
   config.kernel = HadamardKernel::kMma;
   config.grid = 0;
-  const int64_t pow2 = p.block_size / p.k, tiles = (p.k + 15) / 16, steps = (tiles + 1) / 2;
-  const bool whole_row = p.scaling != RowScale::kDynamic || p.cols == p.block_size;
-  if (!vectors || p.dtype == RowDtype::kFloat32 || !hadamard_sums_are_integers(p.k) ||
-      tiles < kMinHadamardMmaTiles || tiles > kMaxHadamardMmaTiles || !whole_row) {
-    return config;
-  }
+  if (!can_multiply(p, vectors)) return config;
+  const int64_t tiles = (p.k + 15) / 16, steps = (tiles + 1) / 2;
   for (const HadamardMmaColumns& columns : kHadamardMmaColumns) {
-    if (columns.pow2 != pow2) continue;
-    const int64_t row_bytes = 4 * hadamard_mma_row_words(columns.pow2);
-    const int64_t smem = 3 * (p.k / 4) * row_bytes + 512 * tiles * steps;
-    if (smem + kMmaStaticSmem > device.smem_limit) return config;
-    config.smem_bytes = smem;
+    if (columns.pow2 != p.block_size / p.k) continue;
     config.threads = static_cast<int>(32 * tiles * columns.parts);
-    const int64_t by_smem =
-        (device.smem_limit + kReservedSmem) / (smem + kMmaStaticSmem + kReservedSmem);
-    const int64_t ctas =
-        std::min<int64_t>(by_smem, hadamard_mma_ctas_per_sm(config.threads, columns.tasks));
-    config.grid = std::min(p.rows * (p.cols / p.block_size), ctas * device.sm_count);
+    const int64_t row_bytes = 4 * hadamard_mma_row_words(columns.pow2);
+    take_smem(p, device, 3 * (p.k / 4) * row_bytes + 512 * tiles * steps,
+              hadamard_mma_ctas_per_sm(config.threads, columns.tasks), config);
   }
+  return config;
+}
+
+HadamardConfig hadamard_wgmma_config(const RowHadamardParams& p, bool vectors,
+                                     const HadamardDevice& device) {
+  HadamardConfig config;
+  config.kernel = HadamardKernel::kWgmma;
+  config.grid = 0;
+  const int pow2 = static_cast<int>(p.block_size / p.k), steps = static_cast<int>(p.k + 31) / 32;
+  if (!can_multiply(p, vectors) || device.arch != 90 || (pow2 != 64 && pow2 != 128)) return config;
+  config.threads = 128 * hadamard_wgmma_warpgroups(steps, pow2);
+  const int64_t tiles = (steps + 1) / 2;
+  take_smem(p, device, 2 * steps * (1024 * tiles + 3 * 16 * pow2),
+            hadamard_wgmma_ctas_per_sm(config.threads), config);
   return config;
 }
 
@@ -226,9 +255,11 @@ HadamardConfig choose_hadamard_config(const RowHadamardParams& p, bool vectors,
   HadamardConfig config = hadamard_registers_config(p, vectors);
   if (config.grid > 0) return config;
   config = hadamard_cluster_config(p, vectors, device, choose_cluster(p, device));
-  const HadamardConfig sums = hadamard_sums_are_integers(p.k)
-                                  ? hadamard_mma_config(p, vectors, device)
-                                  : hadamard_sums_config(p, vectors, device);
+  HadamardConfig sums = hadamard_sums_config(p, vectors, device);
+  if (hadamard_sums_are_integers(p.k)) {
+    sums = hadamard_wgmma_config(p, vectors, device);
+    if (sums.grid == 0) sums = hadamard_mma_config(p, vectors, device);
+  }
   if (config.grid > 0 && (sums.grid == 0 || is_few(p, config, device))) return config;
   if (sums.grid > 0) return sums;
   config = HadamardConfig();

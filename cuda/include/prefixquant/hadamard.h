@@ -55,6 +55,7 @@ enum class HadamardKernel : int {
   kRegisters,  // k = 1, pow2 <= 1024: a warp transforms whole blocks in registers
   kSums,       // any compiled k, or k = 1 and pow2 > 1024: blocks meet in shared memory once
   kMma,        // 60 < k <= 192, pow2 of 64 to 256: integers on the tensor cores
+  kWgmma,      // the same for sm_90, pow2 of 64 and 128
   kCluster,    // any k: CTAs share a block, signs are data; few rows, and other sign matrices
   kGeneric     // any k, size, dtype and alignment
 };
@@ -115,6 +116,15 @@ constexpr int hadamard_mma_ctas_per_sm(int threads, int tasks) {
   return ctas > 0 ? ctas : 1;
 }
 
+// The shapes of kWgmma: 32 inputs a step, 4 rows j x 8 columns a thread.
+inline constexpr int kMinHadamardWgmmaSteps = 3;
+inline constexpr int kMaxHadamardWgmmaSteps = 6;
+constexpr int hadamard_wgmma_warpgroups(int steps, int pow2) { return (steps * pow2 + 127) / 128; }
+// That the registers are bounded for: 48 to 64 a thread.
+constexpr int hadamard_wgmma_ctas_per_sm(int threads) {
+  return threads <= 256 ? 4 : threads <= 384 ? 3 : threads <= 640 ? 2 : 1;
+}
+
 // nullptr where none is compiled.
 const HadamardSums* find_hadamard_sums(int64_t k);
 // Writes the sign matrix [k, k] that the kernels of k were compiled with; false where there are
@@ -127,6 +137,8 @@ HadamardConfig hadamard_sums_config(const RowHadamardParams& params, bool vector
                                     const HadamardDevice& device);
 HadamardConfig hadamard_mma_config(const RowHadamardParams& params, bool vectors,
                                    const HadamardDevice& device);
+HadamardConfig hadamard_wgmma_config(const RowHadamardParams& params, bool vectors,
+                                     const HadamardDevice& device);
 HadamardConfig hadamard_cluster_config(const RowHadamardParams& params, bool vectors,
                                        const HadamardDevice& device, int cluster);
 

@@ -76,22 +76,35 @@ __device__ __forceinline__ void keep_signs(const HadamardMmaArgs& p, int32_t* ro
   }
 }
 
+// Where a block begins.
+struct BlockOrigin {
+  int64_t row;
+  int64_t x_at, up_at;
+
+  __device__ __forceinline__ BlockOrigin(const HadamardMmaArgs& p, uint32_t block) {
+    const uint32_t r = p.blocks_per_row.divide(block);
+    const int64_t column =
+        static_cast<int64_t>(block - r * p.blocks_per_row.divisor) * p.block_size;
+    row = r;
+    x_at = row * p.x_stride + column;
+    up_at = row * p.up_stride + column;
+  }
+};
+
 // ---- 1: butterflies ----
 
-// Rows 4 group .. + 3 and columns 8 chunk .. + 7 of a block.
+// Rows 4 group .. + 3 and columns 8 chunk .. + 7 of a block. A task beyond the block repeats one
+// in it: all lanes shuffle, and the maximum does not notice.
 template <bool kSwiglu, typename Shape>
-__device__ __forceinline__ void transform_task(const HadamardMmaArgs& p, int64_t x_at,
-                                               int64_t up_at, int task, float (&v)[4][8]) {
-  const int group = task / Shape::kChunks, chunk = task % Shape::kChunks;
+__device__ __forceinline__ void transform_task(const HadamardMmaArgs& p, const BlockOrigin& origin,
+                                               int task, float (&v)[4][8]) {
+  const int group = min(task / Shape::kChunks, p.k / 4 - 1), chunk = task % Shape::kChunks;
   const uint32_t at = 4 * group * Shape::kPow2 + 8 * chunk;
+  const uint16_t* const x = p.x + origin.x_at + at;
+  const uint16_t* const up = p.up + origin.up_at + at;
   RawTile<kSwiglu, 4> raw;
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    raw.clear(j);
-    if (4 * group < p.k) {
-      raw.load(j, p.x + x_at + at + j * Shape::kPow2, p.up + up_at + at + j * Shape::kPow2);
-    }
-  }
+  for (int j = 0; j < 4; ++j) raw.load(j, x + j * Shape::kPow2, up + j * Shape::kPow2);
   raw.values(p.is_bfloat16, v);
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -178,20 +191,28 @@ __device__ __forceinline__ void multiply(const HadamardMmaArgs& p, const uint4 (
   }
 }
 
-// Eight neighbouring results, rounded or as levels.
+// Eight neighbouring results, rounded or as levels; `swapped`: the last four come first.
 __device__ __forceinline__ void store_eight(const HadamardMmaArgs& p, const float (&y)[8],
-                                            const Quantizer& quantizer, int64_t at) {
+                                            const Quantizer& quantizer, int64_t at,
+                                            bool swapped = false) {
   if (p.scaling != RowScale::kNone) {
-    *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.out) + at) = quantize8(y, quantizer);
-  } else if (p.is_bfloat16) {
+    const uint2 levels = quantize8(y, quantizer);
+    *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.out) + at) =
+        swapped ? make_uint2(levels.y, levels.x) : levels;
+    return;
+  }
+  uint4 words;
+  if (p.is_bfloat16) {
     RawVector<__nv_bfloat16> raw;
     from_floats(y, raw);
-    raw.store(static_cast<__nv_bfloat16*>(p.out) + at);
+    words = raw.words[0];
   } else {
     RawVector<__half> raw;
     from_floats(y, raw);
-    raw.store(static_cast<__half*>(p.out) + at);
+    words = raw.words[0];
   }
+  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + at) =
+      swapped ? make_uint4(words.z, words.w, words.x, words.y) : words;
 }
 
 // All columns of this warp's tile; `largest` collects the magnitudes where `maximum`, otherwise the
@@ -234,24 +255,20 @@ __device__ __forceinline__ void finish_tile(const HadamardMmaArgs& p, const Inte
 }
 
 // Asks for the inputs of a block in the L2 cache.
-__device__ __forceinline__ void prefetch_block(const HadamardMmaArgs& p, int64_t block) {
+__device__ __forceinline__ void prefetch_block(const HadamardMmaArgs& p, uint32_t block) {
 #if __CUDA_ARCH__ >= 900
-  if (threadIdx.x != 0 || block >= p.blocks) return;
-  const int64_t row = block / p.blocks_per_row.divisor;
-  const int64_t column = block % p.blocks_per_row.divisor * p.block_size;
+  if (threadIdx.x != 0 || block >= static_cast<uint32_t>(p.blocks)) return;
+  const BlockOrigin origin(p, block);
   const uint32_t bytes = 2 * p.block_size;
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.x + row * p.x_stride + column),
-               "r"(bytes)
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.x + origin.x_at), "r"(bytes)
                : "memory");
   if (!p.up) return;
-  asm volatile(
-      "cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.up + row * p.up_stride + column),
-      "r"(bytes)
-      : "memory");
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.up + origin.up_at), "r"(bytes)
+               : "memory");
 #endif
 }
 
-template <typename Shape>
+template <typename Shape, bool kSwiglu>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     hadamard_mma_kernel(const HadamardMmaArgs p) {
   __shared__ uint32_t maxima[32], output_maxima[32];
@@ -259,20 +276,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
   grid_dependency_launch();
   keep_signs<Shape>(p, row_starts);
   grid_dependency_wait();
-  for (int64_t block = blockIdx.x; block < p.blocks; block += gridDim.x) {
-    const int64_t row = block / p.blocks_per_row.divisor;
-    const int64_t column = block % p.blocks_per_row.divisor * p.block_size;
-    const int64_t x_at = row * p.x_stride + column, up_at = row * p.up_stride + column;
+#pragma unroll 1
+  for (uint32_t block = blockIdx.x; block < static_cast<uint32_t>(p.blocks); block += gridDim.x) {
+    const BlockOrigin origin(p, block);
     float v[Shape::kTasks][4][8];
     float largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < Shape::kTasks; ++i) {
       const int task = threadIdx.x + i * Shape::kThreads;
-      if (p.up) {
-        transform_task<true, Shape>(p, x_at, up_at, task, v[i]);
-      } else {
-        transform_task<false, Shape>(p, x_at, up_at, task, v[i]);
-      }
+      transform_task<kSwiglu, Shape>(p, origin, task, v[i]);
 #pragma unroll
       for (int e = 0; e < 32; ++e) largest = larger_magnitude(largest, v[i][e / 8][e % 8]);
     }
@@ -282,19 +294,20 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
       store_planes<Shape>(p, scale, threadIdx.x + i * Shape::kThreads, v[i]);
     }
     Quantizer quantizer{1.0f, p.qmin, p.qmax};
-    if (p.scaling == RowScale::kStatic) quantizer.inv_scale = __fdiv_rn(1.0f, *p.scale);
+    if (p.scaling == RowScale::kStatic) quantizer.inv_scale = __frcp_rn(*p.scale);
     __syncthreads();
     prefetch_block(p, block + gridDim.x);
     largest = 0.0f;
+    const int64_t block_at = static_cast<int64_t>(block) * p.block_size;
     // Dynamic scales: the product once for the largest magnitude, once more for the levels.
 #pragma unroll 1
     for (bool maximum = p.scaling == RowScale::kDynamic;; maximum = false) {
-      finish_tile<Shape>(p, scale, row_starts, quantizer, block * p.block_size, maximum, largest);
+      finish_tile<Shape>(p, scale, row_starts, quantizer, block_at, maximum, largest);
       if (!maximum) break;
       const uint32_t bits = block_max(magnitude_bits(largest), output_maxima);
       const float row_scale = dynamic_scale(__uint_as_float(bits), p.qmax, 1.0f);
-      if (threadIdx.x == 0) p.row_scale[row] = row_scale;
-      quantizer.inv_scale = __fdiv_rn(1.0f, row_scale);
+      if (threadIdx.x == 0) p.row_scale[origin.row] = row_scale;
+      quantizer.inv_scale = __frcp_rn(row_scale);
     }
   }
 }
@@ -303,6 +316,9 @@ using HadamardMmaKernel = void (*)(HadamardMmaArgs);
 
 // Instantiated in src/inst/hadamard_mma_*.cu.
 template <int kTiles, int kParts, int kTasks>
-HadamardMmaKernel hadamard_mma_instance();
+HadamardMmaKernel hadamard_mma_instance(bool swiglu);
+// The kernels of hadamard_wgmma.cuh, in src/inst/hadamard_sm90.cu.
+template <int kSteps, int kPow2>
+HadamardMmaKernel hadamard_wgmma_instance(bool swiglu);
 
 }  // namespace prefixquant

@@ -8,8 +8,9 @@
 namespace prefixquant {
 
 template <int kTiles, int kParts, int kTasks>
-HadamardMmaKernel hadamard_mma_instance() {
-  return hadamard_mma_kernel<HadamardMmaShape<kTiles, kParts, kTasks>>;
+HadamardMmaKernel hadamard_mma_instance(bool swiglu) {
+  using Shape = HadamardMmaShape<kTiles, kParts, kTasks>;
+  return swiglu ? hadamard_mma_kernel<Shape, true> : hadamard_mma_kernel<Shape, false>;
 }
 
 }  // namespace prefixquant

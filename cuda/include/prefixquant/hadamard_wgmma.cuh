@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// hadamard_mma.cuh for sm_90a: the product is wgmma, which reads signs and planes from shared
+// memory itself. (Fragments of mma.sync are loaded once for each 16 outputs: that took more of the
+// bandwidth of shared memory, and of the instructions, than everything else.)
+//
+// Layout: as in hadamard_mma.cuh with one task a thread; a warpgroup multiplies tiles of 64 outputs
+//   and 64 columns.
+// Smem: signs [inputs, outputs] and the three planes [inputs, columns] as core matrices of 8 rows
+//   x 16 bytes: [16 inputs][8 outputs or columns][one of 8][one of 16 inputs]. Column
+//   32 q + 8 t + 4 h + e of a block is row 8 (4 q + e) + 2 t + (h ^ q % 2): a thread's accumulators
+//   are eight neighbours, and the 4-byte stores of a warp meet 32 banks (pow2 = 64).
+// Limits: pow2 of 64 or 128, k <= 192.
+#pragma once
+
+#include "prefixquant/hadamard_mma.cuh"
+#include "prefixquant/wgmma.cuh"
+
+namespace prefixquant {
+
+template <int kSteps_, int kPow2_>
+struct HadamardWgmmaShape {
+  static constexpr int kSteps = kSteps_, kPow2 = kPow2_;  // k > 32 (kSteps - 1)
+  static constexpr int kTiles = (kSteps + 1) / 2;         // of 64 outputs
+  static constexpr int kWarpgroups = hadamard_wgmma_warpgroups(kSteps, kPow2);
+  static constexpr int kThreads = 128 * kWarpgroups;
+  static constexpr int kChunks = kPow2 / 8;  // of 8 columns
+  static constexpr int kSignBytes = 2 * kSteps * kTiles * 1024;
+  static constexpr int kPlaneBytes = 2 * kSteps * kChunks * 128;
+  static constexpr int kCtasPerSm = hadamard_wgmma_ctas_per_sm(kThreads);
+  // Columns of a product: 64 want 58 registers.
+  static constexpr int kUnit = kThreads * kCtasPerSm > 1024 ? 32 : 64;
+};
+
+// d += A B, A signed and B unsigned bytes, 64 x 64 x 32 or 64 x 32 x 32, asynchronously.
+__device__ __forceinline__ void wgmma_s8_u8(int32_t (&d)[32], uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.u8 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, 1;"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]),
+        "+r"(d[7]), "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]),
+        "+r"(d[14]), "+r"(d[15]), "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]),
+        "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]),
+        "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31])
+      : "l"(a), "l"(b));
+}
+
+__device__ __forceinline__ void wgmma_s8_u8(int32_t (&d)[16], uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.u8 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1;"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]),
+        "+r"(d[7]), "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]),
+        "+r"(d[14]), "+r"(d[15])
+      : "l"(a), "l"(b));
+}
+
+// Descriptor of a K-major operand of core matrices without swizzle: 8 rows further is 128 bytes,
+// 16 bytes of K further `k_stride` bytes.
+__device__ __forceinline__ uint64_t wgmma_descriptor_cores(uint32_t smem, uint32_t k_stride) {
+  return uint64_t{128 >> 4} << 32 | uint64_t{k_stride >> 4} << 16 | (smem & 0x3FFFF) >> 4;
+}
+
+// Signs and row starts into shared memory, once a CTA.
+template <typename Shape>
+__device__ __forceinline__ void keep_sign_cores(const HadamardMmaArgs& p, int32_t* row_starts) {
+  auto* const words = reinterpret_cast<uint32_t*>(hadamard_mma_smem());
+  constexpr int kRows = 64 * Shape::kTiles;
+  for (int i = threadIdx.x; i < Shape::kSignBytes / 4; i += Shape::kThreads) {
+    const int row = i / 4 % kRows, column = i / 4 / kRows * 16 + i % 4 * 4;
+    words[i] = row < p.k && column < p.k
+                   ? __ldg(reinterpret_cast<const uint32_t*>(p.signs + row * p.k + column))
+                   : 0;
+  }
+  __syncthreads();
+  for (int row = threadIdx.x; row < kRows; row += Shape::kThreads) {
+    int32_t sum = 0;
+    for (int i = 0; i < 2 * Shape::kSteps; ++i) {
+      for (int w = 0; w < 4; ++w) sum = sum_of_bytes(words[(i * kRows + row) * 4 + w], sum);
+    }
+    row_starts[row] = -64 * sum;
+  }
+}
+
+template <typename Shape>
+__device__ __forceinline__ void store_plane_cores(const HadamardMmaArgs& p,
+                                                  const IntegerScale& scale,
+                                                  const float (&v)[4][8]) {
+  const int group = threadIdx.x / Shape::kChunks, chunk = threadIdx.x % Shape::kChunks;
+  if (4 * group >= p.k) return;
+  const int swapped = 16 * (chunk / 4 % 2);
+  char* const base = hadamard_mma_smem() + Shape::kSignBytes +
+                     (group / 4 * Shape::kChunks + chunk / 4 * 4) * 128 + chunk % 4 * 32 +
+                     group % 4 * 4;
+  char* const halves[2] = {base + swapped, base + (16 - swapped)};
+#pragma unroll
+  for (int c = 0; c < 8; ++c) {
+    uint32_t x[4], high, middle, low;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[j] = offset_integer(v[j][c], scale);
+    split_in_planes(x, high, middle, low);
+    char* const to = halves[c / 4] + c % 4 * 128;
+    *reinterpret_cast<uint32_t*>(to) = high;
+    *reinterpret_cast<uint32_t*>(to + Shape::kPlaneBytes) = middle;
+    *reinterpret_cast<uint32_t*>(to + 2 * Shape::kPlaneBytes) = low;
+  }
+}
+
+// 64 outputs of tile `tile` x the columns of part `part`.
+template <typename Shape>
+__device__ __forceinline__ void multiply_cores(const int32_t* row_starts, int tile, int part,
+                                               int32_t (&acc)[Shape::kUnit / 2]) {
+  const uint32_t smem = smem_address(hadamard_mma_smem());
+  const uint64_t a = wgmma_descriptor_cores(smem + 1024 * tile, 1024 * Shape::kTiles);
+  const uint64_t b = wgmma_descriptor_cores(smem + Shape::kSignBytes + 16 * Shape::kUnit * part,
+                                            128 * Shape::kChunks);
+  const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int32_t start = row_starts[64 * tile + row + 8 * h];
+#pragma unroll
+    for (int n = 0; n < Shape::kUnit / 8; ++n) acc[4 * n + 2 * h] = acc[4 * n + 2 * h + 1] = start;
+  }
+#pragma unroll
+  for (int plane = 0; plane < 3; ++plane) {
+    if (plane > 0) {
+#pragma unroll
+      for (int i = 0; i < Shape::kUnit / 2; ++i) acc[i] = static_cast<int32_t>(acc[i] * 256u);
+    }
+    wgmma_pin(acc);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Shape::kSteps; ++step) {
+      wgmma_s8_u8(acc, a + step * (2 * 1024 * Shape::kTiles / 16),
+                  b + (plane * Shape::kPlaneBytes + step * 2 * 128 * Shape::kChunks) / 16);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_pin(acc);
+  }
+}
+
+// All tiles of this warpgroup; `largest` collects the magnitudes where `maximum`, otherwise the
+// results are stored.
+template <typename Shape>
+__device__ __forceinline__ void finish_tiles(const HadamardMmaArgs& p, const IntegerScale& scale,
+                                             const int32_t* row_starts, const Quantizer& quantizer,
+                                             int64_t block_at, bool maximum, float& largest) {
+  constexpr int kUnits = Shape::kTiles * Shape::kPow2 / Shape::kUnit;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+#pragma unroll 1
+  for (int unit = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0); unit < kUnits;
+       unit += Shape::kWarpgroups) {
+    const int tile = unit % Shape::kTiles, part = unit / Shape::kTiles;
+    int32_t acc[Shape::kUnit / 2];
+    multiply_cores<Shape>(row_starts, tile, part, acc);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = 64 * tile + 16 * warp + 8 * h + lane / 4;
+#pragma unroll
+      for (int q = 0; q < Shape::kUnit / 32; ++q) {
+        float y[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          y[i] = finished_sum(acc[4 * (4 * q + i % 4) + 2 * h + (i / 4 ^ q)], scale);
+        }
+        if (maximum) {
+#pragma unroll
+          for (int e = 0; e < 8; ++e) largest = larger_magnitude(largest, y[e]);
+        } else if (row < p.k) {
+          const int column = Shape::kUnit * part + 32 * q + lane % 4 * 8;
+          store_eight(p, y, quantizer, block_at + row * Shape::kPow2 + column,
+                      Shape::kUnit == 32 && part % 2 == 1);
+        }
+      }
+    }
+  }
+}
+
+template <typename Shape, bool kSwiglu>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
+    hadamard_wgmma_kernel(const HadamardMmaArgs p) {
+  __shared__ uint32_t maxima[32], output_maxima[32];
+  __shared__ int32_t row_starts[64 * Shape::kTiles];
+  grid_dependency_launch();
+  keep_sign_cores<Shape>(p, row_starts);
+  grid_dependency_wait();
+#pragma unroll 1
+  for (uint32_t block = blockIdx.x; block < static_cast<uint32_t>(p.blocks); block += gridDim.x) {
+    const BlockOrigin origin(p, block);
+    float v[4][8];
+    transform_task<kSwiglu, Shape>(p, origin, threadIdx.x, v);
+    float largest = 0.0f;
+#pragma unroll
+    for (int e = 0; e < 32; ++e) largest = larger_magnitude(largest, v[e / 8][e % 8]);
+    const IntegerScale scale = integer_scale(block_max(magnitude_bits(largest), maxima), p.norm);
+    store_plane_cores<Shape>(p, scale, v);
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    Quantizer quantizer{1.0f, p.qmin, p.qmax};
+    if (p.scaling == RowScale::kStatic) quantizer.inv_scale = __frcp_rn(*p.scale);
+    __syncthreads();
+    prefetch_block(p, block + gridDim.x);
+    largest = 0.0f;
+    const int64_t block_at = static_cast<int64_t>(block) * p.block_size;
+    // Dynamic scales: the product once for the largest magnitude, once more for the levels.
+#pragma unroll 1
+    for (bool maximum = p.scaling == RowScale::kDynamic;; maximum = false) {
+      finish_tiles<Shape>(p, scale, row_starts, quantizer, block_at, maximum, largest);
+      if (!maximum) break;
+      const uint32_t bits = block_max(magnitude_bits(largest), output_maxima);
+      const float row_scale = dynamic_scale(__uint_as_float(bits), p.qmax, 1.0f);
+      if (threadIdx.x == 0) p.row_scale[origin.row] = row_scale;
+      quantizer.inv_scale = __frcp_rn(row_scale);
+    }
+  }
+}
+
+}  // namespace prefixquant
