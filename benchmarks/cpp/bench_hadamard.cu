@@ -94,14 +94,17 @@ int check_all(Size size) {
     run({0, block * (block < 64 ? 48 : 1), block, 1, false, kNone});
   }
   run({0, 4096, 256, 1, false, kNone});
-  std::vector<int> sizes = {68, 76, 108, 132, 148, 172, 188, 200};  // sums of integers
+  std::vector<int> sizes = {64,  68,  76,  84,  96,  108, 128,  // sums of integers
+                            132, 148, 160, 172, 188, 192, 200};
   for (const HadamardSums& sums : kHadamardSums) sizes.push_back(sums.k);
   for (const int k : sizes) {
     if (k == 1) continue;
-    for (const int64_t pow2 : {2, 8, 32, 64, 128, 256, 512}) {
-      if (k * pow2 > 56000 || (k <= 60 && (pow2 == 128 || pow2 == 256))) continue;
+    for (const int64_t pow2 : {2, 8, 16, 32, 64, 128, 256, 512}) {
+      if (k * pow2 > 56000 || (k <= 60 && (pow2 == 16 || pow2 == 128 || pow2 == 256))) continue;
       if (small && pow2 > 64 && k > 28 && (k <= 60 || (k > 108 && pow2 > 128))) continue;
-      if (few && (k % 3 != 1 || pow2 == 32 || pow2 == 2 || (k > 60 && pow2 > 64))) continue;
+      if (few && ((k % 3 != 1 && k != 96) || pow2 == 16 || pow2 == 32 || pow2 == 2 ||
+                  (k > 60 && pow2 > 64)))
+        continue;
       run({0, k * pow2 * (pow2 < 64 ? 2 : 1), k * pow2, k, false, kNone});
     }
   }

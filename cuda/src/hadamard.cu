@@ -165,8 +165,7 @@ void launch_mma(const RowHadamardParams& p, const HadamardConfig& config, int ar
 }
 
 HadamardClusterKernel cluster_mma_kernel(int64_t k) {
-  switch ((k + 31) / 32) {
-    case 2:
+  switch (hadamard_cluster_steps(k)) {
     case 3:
       return hadamard_cluster_mma_instance<3>();
     case 4:

@@ -205,11 +205,12 @@ HadamardClusterSmem plan_hadamard_cluster_smem(int64_t block_size, int64_t k, in
   smem.pad = owned < 32 ? owned : 0;
   for (smem.log2_group_rows = 2; 1 << smem.log2_group_rows < 4 * rows;) ++smem.log2_group_rows;
   if (hadamard_sums_are_integers(k)) {
-    // The lanes of a fragment take four rows of a plane and eight columns. The product reads rows
-    // up to a multiple of eight.
+    // The lanes of a fragment take four rows of a plane and eight columns. The product reads eight
+    // rows a step, of the last plane beyond its end.
     smem.plane_row = owned == 8 ? owned : owned + 8;
     smem.planes_at = 4 * groups * (4 * rows * owned + smem.pad);
-    smem.maxima_at = smem.planes_at + 4 * smem.plane_row * (2 * groups + (groups + 7) / 8 * 8);
+    smem.maxima_at =
+        smem.planes_at + 4 * smem.plane_row * (2 * groups + 8 * hadamard_cluster_steps(k));
     smem.bytes = smem.maxima_at + 4 * 16 * cluster;
     return smem;
   }

@@ -125,6 +125,11 @@ constexpr int hadamard_wgmma_ctas_per_sm(int threads) {
   return threads <= 256 ? 4 : threads <= 384 ? 3 : threads <= 640 ? 2 : 1;
 }
 
+// The inputs of the kernels of kCluster for sums of integers, in steps of 32.
+constexpr int hadamard_cluster_steps(int64_t k) {
+  return k <= 96 ? 3 : static_cast<int>((k + 31) / 32);
+}
+
 // nullptr where none is compiled.
 const HadamardSums* find_hadamard_sums(int64_t k);
 // Writes the sign matrix [k, k] that the kernels of k were compiled with; false where there are
