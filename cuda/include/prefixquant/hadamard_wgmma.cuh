@@ -10,7 +10,7 @@
 //   x 16 bytes: [16 inputs][8 outputs or columns][one of 8][one of 16 inputs]. Column
 //   32 q + 8 t + 4 h + e of a block is row 8 (4 q + e) + 2 t + (h ^ q % 2): a thread's accumulators
 //   are eight neighbours, and the 4-byte stores of a warp meet 32 banks (pow2 = 64).
-// Limits: pow2 of 64 or 128, k <= 192.
+// Limits: pow2 of 64 or 128, 96 < k <= 192.
 #pragma once
 
 #include "prefixquant/hadamard_mma.cuh"
