@@ -85,7 +85,8 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
     H = L L^T with the order reversed makes H = R R^T, R = L with rows and columns reversed, and
     U = R^-1: one factorization, and never more than two float64 matrices of H's size.
     """
-    rising = hessian.diagonal().argsort()
+    order = hessian.diagonal().argsort(descending=True)
+    rising = order.flip(0)
     wide = hessian[rising][:, rising].double()
     lower = torch.linalg.cholesky(wide)
     del wide
@@ -95,7 +96,7 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
         columns = torch.eye(count, min(_INVERTED, count), dtype=lower.dtype, device=lower.device)
         solved = torch.linalg.solve_triangular(lower[start:, start:], columns, upper=False)
         inverse[start:, start : start + _INVERTED] = solved
-    return rising.flip(0), inverse.flip(0, 1)
+    return order, inverse.flip(0, 1)
 
 
 def gptq_levels(
