@@ -52,9 +52,7 @@ def fine_tuning(folder: Path) -> Iterator[Target]:
     for setting, (bar, aim, official) in _FINE_TUNED.items():
         tag = f"{setting} static, prefix, fine-tuned: perplexity"
         found = [
-            ppl
-            for (name, prefix), ppl in best.items()
-            if (name, prefix != "none") == (setting, True)
+            ppl for (name, prefix), ppl in best.items() if name == setting and prefix != "none"
         ]
         measured = min(found, default=None)
         yield Target(f"{tag} (official code: {official})", bar, measured, "", at_most=True)
@@ -80,33 +78,27 @@ def calibrated(folder: Path) -> Iterator[Target]:
 def static_over_dynamic(folder: Path) -> Iterator[Target]:
     """The best perplexity of dynamic scales over that of static ones behind a prefix: of all that
     was measured, fine-tuning included, and of calibration alone."""
-    ppl: dict[str, list[float]] = {}
+    # (static?, behind a prefix?) -> the best perplexity
+    by_calibration: dict[tuple[bool, bool], float] = {}
     for _, result in load(folder, "smollm2-135m-instruct-dynamic"):
         for row in (dict(zip(result["columns"], r, strict=True)) for r in result["rows"]):
-            ppl.setdefault(row["setting"], []).append(row["ppl"])
-    calibrated = {setting: min(found) for setting, found in ppl.items()}
-    tuned = fine_tuned(folder)
-
-    def ratio(best: dict[tuple[bool, bool], float], prefix: bool) -> float | None:
-        static, dynamic = best.get((True, True)), best.get((False, prefix))
-        return dynamic / static if static and dynamic else None
-
-    by_calibration = {
-        (kind == "static", prefix != "no prefix"): calibrated[f"W4A4KV4 {kind}, {prefix}"]
-        for kind in ("static", "dynamic")
-        for prefix in ("no prefix", "verified prefix")
-        if f"W4A4KV4 {kind}, {prefix}" in calibrated
-    }
+            key = " static," in row["setting"], "no prefix" not in row["setting"]
+            by_calibration[key] = min(row["ppl"], by_calibration.get(key, row["ppl"]))
     best = dict(by_calibration)
-    for (setting, text), value in tuned.items():
+    for (setting, text), value in fine_tuned(folder).items():
         if setting in ("W4A4KV4", "W4A4DKV4D"):
             key = setting == "W4A4KV4", text != "none"
             best[key] = min(value, best.get(key, value))
+
+    def ratio(found: dict[tuple[bool, bool], float], prefix: bool) -> float | None:
+        static, dynamic = found.get((True, True)), found.get((False, prefix))
+        return dynamic / static if static and dynamic else None
+
     for prefix, name in ((False, "no prefix"), (True, "prefix")):
         what = f"W4A4KV4: perplexity of dynamic, {name}, over static, prefix"
         yield Target(f"{what}; the best of each", 1.0, ratio(best, prefix), decides=not prefix)
-        calibrated_ratio = ratio(by_calibration, prefix)
-        yield Target(f"{what}; calibration alone", 1.0, calibrated_ratio, decides=False)
+        alone = ratio(by_calibration, prefix)
+        yield Target(f"{what}; calibration alone", 1.0, alone, decides=False)
 
 
 def accuracy(folder: Path) -> Iterator[Target]:
