@@ -6,6 +6,7 @@ and the sizes that a file claims are checked before anything of that size is rea
 tensors found are those of a checkpoint is for `checkpoint_layout` to say.
 """
 
+import contextlib
 import json
 import struct
 from collections.abc import Iterator, Mapping
@@ -125,6 +126,17 @@ def read_headers(
     return shard_of, found
 
 
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What the system says of a file that cannot be read, as a CheckpointError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
 def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """name -> (shape, dtype) of one shard."""
     _check_length(path)
@@ -142,23 +154,18 @@ def _check_length(path: Path) -> None:
     Checked here for a message that a person understands; everything else about the header
     (overlaps, gaps, sizes against shapes) is checked by safetensors as it opens the file.
     """
-    try:
+    with _readable(path), path.open("rb") as file:
         size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
-            if length is None or length > min(_MAX_HEADER_BYTES, max(size - 8, 0)):
-                raise CheckpointError(
-                    f"{path}: truncated or not a safetensors file ({size} bytes, "
-                    f"header length {'missing' if length is None else length})"
-                )
-            header = json.loads(file.read(length))
-    except CheckpointError:
-        raise
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
+        if length is None or length > min(_MAX_HEADER_BYTES, max(size - 8, 0)):
+            raise CheckpointError(
+                f"{path}: truncated or not a safetensors file ({size} bytes, "
+                f"header length {'missing' if length is None else length})"
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the safetensors header is not valid JSON") from error
     if isinstance(header, dict):
@@ -188,16 +195,12 @@ def _open_shard(path: Path) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds."""
-    try:
+    with _readable(path):
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: larger than {_MAX_JSON_BYTES >> 20} MiB")
-        data = json.loads(path.read_bytes())
-    except CheckpointError:
-        raise
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        text = path.read_bytes()
+    try:
+        data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({short(error, 200)})") from error
     if not isinstance(data, dict):
