@@ -268,6 +268,24 @@ __device__ __forceinline__ void prefetch_block(const HadamardMmaArgs& p, uint32_
 #endif
 }
 
+// Writes a block by `finish`; with dynamic scales the product is made once for the largest
+// magnitude, which `finish` adds to, and once more for the levels.
+template <typename Finish>
+__device__ __forceinline__ void finish_block(const HadamardMmaArgs& p, int64_t row,
+                                             Quantizer& quantizer, uint32_t* output_maxima,
+                                             const Finish& finish) {
+  float largest = 0.0f;
+#pragma unroll 1
+  for (bool maximum = p.scaling == RowScale::kDynamic;; maximum = false) {
+    finish(maximum, largest);
+    if (!maximum) break;
+    const uint32_t bits = block_max(magnitude_bits(largest), output_maxima);
+    const float row_scale = dynamic_scale(__uint_as_float(bits), p.qmax, 1.0f);
+    if (threadIdx.x == 0) p.row_scale[row] = row_scale;
+    quantizer.inv_scale = __frcp_rn(row_scale);
+  }
+}
+
 template <typename Shape, bool kSwiglu>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     hadamard_mma_kernel(const HadamardMmaArgs p) {
@@ -297,18 +315,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     if (p.scaling == RowScale::kStatic) quantizer.inv_scale = __frcp_rn(*p.scale);
     __syncthreads();
     prefetch_block(p, block + gridDim.x);
-    largest = 0.0f;
     const int64_t block_at = static_cast<int64_t>(block) * p.block_size;
-    // Dynamic scales: the product once for the largest magnitude, once more for the levels.
-#pragma unroll 1
-    for (bool maximum = p.scaling == RowScale::kDynamic;; maximum = false) {
-      finish_tile<Shape>(p, scale, row_starts, quantizer, block_at, maximum, largest);
-      if (!maximum) break;
-      const uint32_t bits = block_max(magnitude_bits(largest), output_maxima);
-      const float row_scale = dynamic_scale(__uint_as_float(bits), p.qmax, 1.0f);
-      if (threadIdx.x == 0) p.row_scale[origin.row] = row_scale;
-      quantizer.inv_scale = __frcp_rn(row_scale);
-    }
+    finish_block(p, origin.row, quantizer, output_maxima, [&](bool maximum, float& seen) {
+      finish_tile<Shape>(p, scale, row_starts, quantizer, block_at, maximum, seen);
+    });
   }
 }
 
