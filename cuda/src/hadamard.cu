@@ -107,17 +107,22 @@ HadamardSumsKernel butterflies_kernel(int64_t inputs) {
   }
 }
 
+LaunchShape shape_of(const HadamardConfig& config) {
+  LaunchShape shape;
+  shape.grid = config.grid;
+  shape.block = config.threads;
+  shape.smem = config.smem_bytes;
+  shape.cluster = config.cluster;
+  return shape;
+}
+
 void launch_sums(const RowHadamardParams& p, const HadamardConfig& config, int arch,
                  cudaStream_t stream) {
   const HadamardArgs a = make_args(p, config);
   const HadamardSumsKernel kernel =
       p.k > 1 ? sign_sums_kernel(p.k) : butterflies_kernel(p.block_size / a.segment);
   PQ_REQUIRE(kernel, "hadamard: no kernel is compiled for block_size " << p.block_size);
-  LaunchShape shape;
-  shape.grid = config.grid;
-  shape.block = config.threads;
-  shape.smem = config.smem_bytes;
-  launch_dependent(kernel, shape, arch, stream, a);
+  launch_dependent(kernel, shape_of(config), arch, stream, a);
 }
 
 template <int kIndex, int kTiles = kMinHadamardMmaTiles>
@@ -157,11 +162,7 @@ void launch_mma(const RowHadamardParams& p, const HadamardConfig& config, int ar
     kernel = mma_kernel<2>(tiles, p.up);
   }
   PQ_REQUIRE(kernel, "hadamard: no kernel is compiled for block_size " << p.block_size);
-  LaunchShape shape;
-  shape.grid = config.grid;
-  shape.block = config.threads;
-  shape.smem = config.smem_bytes;
-  launch_dependent(kernel, shape, arch, stream, a);
+  launch_dependent(kernel, shape_of(config), arch, stream, a);
 }
 
 HadamardClusterKernel cluster_mma_kernel(int64_t k) {
@@ -202,15 +203,10 @@ void launch_cluster(const RowHadamardParams& p, const HadamardConfig& config, in
   a.log2_rows = log2_of(a.pow2 / width);
   a.pick_vectors = FastDivisor(static_cast<uint32_t>((a.k + 15) / 16));
   a.smem = plan_hadamard_cluster_smem(p.block_size, p.k, config.cluster);
-  LaunchShape shape;
-  shape.grid = config.grid;
-  shape.block = config.threads;
-  shape.smem = config.smem_bytes;
-  shape.cluster = config.cluster;
   const HadamardClusterKernel kernel = hadamard_sums_are_integers(p.k) ? cluster_mma_kernel(p.k)
                                        : config.threads == 1024        ? cluster_kernel<1024>(p)
                                                                        : cluster_kernel<512>(p);
-  launch_dependent(kernel, shape, arch, stream, a);
+  launch_dependent(kernel, shape_of(config), arch, stream, a);
 }
 
 template <typename T>

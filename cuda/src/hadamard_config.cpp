@@ -17,6 +17,14 @@ constexpr int64_t kStaticSmem = 512;  // an upper bound of what the kernels have
 constexpr int64_t kMmaStaticSmem = 1024;
 constexpr int64_t kReservedSmem = 1024;  // of every CTA, by the system
 
+// Where every configuration begins.
+HadamardConfig impossible(HadamardKernel kernel) {
+  HadamardConfig config;
+  config.kernel = kernel;
+  config.grid = 0;
+  return config;
+}
+
 // Blocks a CTA takes at a time: enough columns for all its threads and enough segments for all its
 // warps, but no more shared memory than three CTAs an SM can have, and work for all SMs.
 int64_t choose_group(int64_t block, int64_t segment, int64_t blocks, const HadamardSums& sums,
@@ -97,9 +105,7 @@ bool hadamard_vectors(const RowHadamardParams& p) {
 }
 
 HadamardConfig hadamard_registers_config(const RowHadamardParams& p, bool vectors) {
-  HadamardConfig config;
-  config.kernel = HadamardKernel::kRegisters;
-  config.grid = 0;
+  HadamardConfig config = impossible(HadamardKernel::kRegisters);
   if (vectors && p.dtype != RowDtype::kFloat32 && p.k == 1 && p.block_size <= kSegment &&
       p.scaling != RowScale::kDynamic) {
     const int64_t tiles = p.rows * ((p.cols + kSegment - 1) / kSegment);
@@ -110,9 +116,7 @@ HadamardConfig hadamard_registers_config(const RowHadamardParams& p, bool vector
 
 HadamardConfig hadamard_sums_config(const RowHadamardParams& p, bool vectors,
                                     const HadamardDevice& device) {
-  HadamardConfig config;
-  config.kernel = HadamardKernel::kSums;
-  config.grid = 0;
+  HadamardConfig config = impossible(HadamardKernel::kSums);
   const int64_t block = p.block_size, pow2 = block / p.k, segment = std::min(pow2, kSegment);
   const int64_t inputs = block / segment, blocks_per_row = p.cols / block;
   const int64_t blocks = p.rows * blocks_per_row;
@@ -161,9 +165,7 @@ void take_smem(const RowHadamardParams& p, const HadamardDevice& device, int64_t
 
 HadamardConfig hadamard_mma_config(const RowHadamardParams& p, bool vectors,
                                    const HadamardDevice& device) {
-  HadamardConfig config;
-  config.kernel = HadamardKernel::kMma;
-  config.grid = 0;
+  HadamardConfig config = impossible(HadamardKernel::kMma);
   if (!can_multiply(p, vectors)) return config;
   const int64_t tiles = (p.k + 15) / 16, steps = (tiles + 1) / 2;
   for (const HadamardMmaColumns& columns : kHadamardMmaColumns) {
@@ -178,9 +180,7 @@ HadamardConfig hadamard_mma_config(const RowHadamardParams& p, bool vectors,
 
 HadamardConfig hadamard_wgmma_config(const RowHadamardParams& p, bool vectors,
                                      const HadamardDevice& device) {
-  HadamardConfig config;
-  config.kernel = HadamardKernel::kWgmma;
-  config.grid = 0;
+  HadamardConfig config = impossible(HadamardKernel::kWgmma);
   const int pow2 = static_cast<int>(p.block_size / p.k), steps = static_cast<int>((p.k + 31) / 32);
   if (!can_multiply(p, vectors) || device.arch != 90 || steps < kMinHadamardWgmmaSteps ||
       (pow2 != 64 && pow2 != 128)) {
@@ -226,10 +226,8 @@ HadamardClusterSmem plan_hadamard_cluster_smem(int64_t block_size, int64_t k, in
 
 HadamardConfig hadamard_cluster_config(const RowHadamardParams& p, bool vectors,
                                        const HadamardDevice& device, int cluster) {
-  HadamardConfig config;
-  config.kernel = HadamardKernel::kCluster;
+  HadamardConfig config = impossible(HadamardKernel::kCluster);
   config.cluster = cluster;
-  config.grid = 0;
   const int64_t pow2 = p.block_size / p.k, width = std::min<int64_t>(pow2, kTile);
   const int64_t parts = pow2 / width, blocks = p.rows * (p.cols / p.block_size);
   const bool integers = hadamard_sums_are_integers(p.k);
