@@ -7,7 +7,7 @@
 //   bench_hadamard time            microseconds and shares of the copy bandwidth, back to back;
 //                                  for few rows also what a launch adds between two linear layers
 //   bench_hadamard sweep [k>N] [rows..]  the same for every configuration; HadamardSums::few and
-//                                  few_integers are from it
+//                                  few_thousands are from it
 //   bench_hadamard                 check on larger sizes, then time
 #include <cuda_bf16.h>
 

@@ -97,13 +97,12 @@ inline void transform(std::vector<float>& v, int64_t k, const std::vector<int8_t
 
 // Every configuration that can do it, the chosen one first.
 inline std::vector<HadamardConfig> configs_of(const RowHadamardParams& p) {
-  const CurrentDevice current;
-  const HadamardDevice device{current.arch, current.sm_count, current.smem_limit};
+  const HadamardDevice device = current_hadamard_device();
   const bool vectors = hadamard_vectors(p);
   std::vector<HadamardConfig> configs = {
       choose_hadamard_config(p, vectors, device), hadamard_sums_config(p, vectors, device),
       hadamard_mma_config(p, vectors, device), hadamard_wgmma_config(p, vectors, device)};
-  for (const int cluster : {1, 2, 4, 8}) {
+  for (const int cluster : {1, 2, 4, 8, 16}) {
     configs.push_back(hadamard_cluster_config(p, vectors, device, cluster));
     if (hadamard_sums_are_integers(p.k)) continue;
     configs.push_back(configs.back());

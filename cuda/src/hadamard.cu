@@ -2,6 +2,7 @@
 #include "prefixquant/hadamard.cuh"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 #include "prefixquant/hadamard_cluster_mma.cuh"
@@ -219,7 +220,27 @@ void launch_generic(const RowHadamardParams& p, const HadamardConfig& config, in
   launch_dependent(hadamard_generic_kernel<T>, shape, arch, stream, p, config.group, norm_of(p));
 }
 
+// Asked once a device: it is the same for all kernels of kCluster.
+int max_cluster_of(const CurrentDevice& current) {
+  if (current.arch < 90) return 1;
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  int index = 0;
+  PQ_CUDA_CHECK(cudaGetDevice(&index));
+  int largest = index < kDevices ? known[index].load() : 0;
+  if (largest == 0) {
+    largest = largest_cluster(hadamard_cluster_instance<1, 512>(), 512);
+    if (index < kDevices) known[index].store(largest);
+  }
+  return largest;
+}
+
 }  // namespace
+
+HadamardDevice current_hadamard_device() {
+  const CurrentDevice current;
+  return {current.arch, current.sm_count, current.smem_limit, max_cluster_of(current)};
+}
 
 void launch_hadamard(const RowHadamardParams& p, cudaStream_t stream) {
   const int64_t pow2 = p.k > 0 ? p.block_size / p.k : 0;
@@ -229,8 +250,7 @@ void launch_hadamard(const RowHadamardParams& p, cudaStream_t stream) {
              "hadamard: block_size: expected a power of two times "
                  << p.k << " that divides " << p.cols << ", got " << p.block_size);
   if (p.rows == 0) return;
-  const CurrentDevice current;
-  const HadamardDevice device{current.arch, current.sm_count, current.smem_limit};
+  const HadamardDevice device = current_hadamard_device();
   const HadamardConfig config = choose_hadamard_config(p, hadamard_vectors(p), device);
   PQ_REQUIRE(config.smem_bytes + 512 <= device.smem_limit,
              "hadamard: block_size: expected at most "

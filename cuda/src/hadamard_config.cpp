@@ -16,6 +16,7 @@ constexpr int64_t kThreads = 256;     // of a CTA
 constexpr int64_t kStaticSmem = 512;  // an upper bound of what the kernels have besides
 constexpr int64_t kMmaStaticSmem = 1024;
 constexpr int64_t kReservedSmem = 1024;  // of every CTA, by the system
+constexpr int64_t kManyElements = 1024;  // of a CTA: above, a cluster of 8 becomes 16
 
 // Where every configuration begins.
 HadamardConfig impossible(HadamardKernel kernel) {
@@ -42,19 +43,22 @@ int64_t choose_group(int64_t block, int64_t segment, int64_t blocks, const Hadam
 
 // CTAs that share a block: about one output of four columns a thread, work for all SMs.
 int choose_cluster(const RowHadamardParams& p, const HadamardDevice& device) {
-  if (device.arch < 90) return 1;
   const int64_t width = std::min(p.block_size / p.k, kTile);
   const int64_t blocks = p.rows * (p.cols / p.block_size);
   int cluster = 1;
-  while (cluster < 8 && p.block_size / cluster > 512 && width / (2 * cluster) >= 8 &&
+  while (2 * cluster <= device.max_cluster && width / (2 * cluster) >= 8 &&
+         p.block_size / cluster > (cluster < 8 ? 512 : kManyElements) &&
          blocks * 2 * cluster <= device.sm_count) {
     cluster *= 2;
   }
   return cluster;
 }
 
-// HadamardSums::few for sums of integers.
-constexpr int few_integers(int64_t k) { return k <= 112 ? 1300 : 320; }
+// HadamardSums::few, which every k <= 60 that kSums can do has.
+int few_thousands(int64_t k) {
+  if (hadamard_sums_are_integers(k)) return k <= 112 ? 1300 : 320;
+  return find_hadamard_sums(k)->few;
+}
 
 // Whether kCluster, which `config` is for, is faster than kSums or kMma: elements up to the
 // measured number, in one wave of CTAs.
@@ -62,9 +66,7 @@ bool is_few(const RowHadamardParams& p, const HadamardConfig& config,
             const HadamardDevice& device) {
   const int64_t by_smem =
       (device.smem_limit + kReservedSmem) / (config.smem_bytes + kStaticSmem / 2 + kReservedSmem);
-  const int thousands =
-      hadamard_sums_are_integers(p.k) ? (p.k <= 112 ? 1300 : 320) : find_hadamard_sums(p.k)->few;
-  const int64_t few = int64_t{1000} * thousands * device.sm_count / 132;
+  const int64_t few = int64_t{1000} * few_thousands(p.k) * device.sm_count / 132;
   const int64_t by_threads = 1024 / config.threads;
   return p.rows * p.cols <= few && config.grid <= std::min(by_smem, by_threads) * device.sm_count;
 }
@@ -236,7 +238,7 @@ HadamardConfig hadamard_cluster_config(const RowHadamardParams& p, bool vectors,
                                : parts >= 2;
   const bool whole_row = p.scaling != RowScale::kDynamic || p.cols == p.block_size;
   if (!vectors || p.dtype == RowDtype::kFloat32 || !shape || !whole_row || width % 8 != 0 ||
-      width < 8 * cluster || (cluster > 1 && device.arch < 90) || p.block_size > (1 << 20) ||
+      width < 8 * cluster || cluster > device.max_cluster || p.block_size > (1 << 20) ||
       blocks > 0x7FFFFFF0 / cluster) {
     return config;
   }

@@ -46,7 +46,10 @@ struct HadamardDevice {
   int arch = 90;            // 10 * major + minor
   int sm_count = 132;       //
   int smem_limit = 232448;  // bytes of shared memory a block can have
+  int max_cluster = 16;     // CTAs a cluster can have; 1 before sm_90
 };
+// The current one.
+HadamardDevice current_hadamard_device();
 
 // Whether the k part adds integers (cpp/kernels/hadamard.h) and not float32.
 constexpr bool hadamard_sums_are_integers(int64_t k) { return k > 60 && k < 512; }

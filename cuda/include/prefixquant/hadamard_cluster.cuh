@@ -14,7 +14,7 @@
 //   each
 //      found by its pick, added up in the order of the operation.
 //      k = 1: lanes are rows, a thread has four neighbouring columns: shuffles.
-// Grid: `cluster` CTAs of 512 or 1024 threads a block, one block each.
+// Grid: `cluster` CTAs of 512 or 1024 threads a block, up to 16 of them, one block each.
 // Smem: x float32 [k q, owned] with padding, the table (twice that), picks int16 [k, k/4], their
 //   rows padded to multiples of four.
 // Limits: 8 divides width / cluster; rows start at multiples of 16 bytes; k > 1: q <= 4;
@@ -80,14 +80,13 @@ __device__ __forceinline__ OutputTask output_task(const HadamardClusterArgs& p, 
   return t;
 }
 
-// acc + a picked entry, or minus it; `pick` in the low half of the word.
-__device__ __forceinline__ void add_entry(float (&y)[4], const char* entries, uint32_t pick) {
-  const float sign = __uint_as_float((pick << 16 & 0x80000000u) | 0x3F800000u);
-  const float4 v = *reinterpret_cast<const float4*>(entries + (pick & 0x7FFF));
-  y[0] = __fmaf_rn(v.x, sign, y[0]);
-  y[1] = __fmaf_rn(v.y, sign, y[1]);
-  y[2] = __fmaf_rn(v.z, sign, y[2]);
-  y[3] = __fmaf_rn(v.w, sign, y[3]);
+// y + v, or minus it where the bit `minus` is set.
+__device__ __forceinline__ void add_signed(float (&y)[4], const uint4& v, uint32_t minus) {
+  const float sign = __uint_as_float(minus | 0x3F800000u);
+  y[0] = __fmaf_rn(__uint_as_float(v.x), sign, y[0]);
+  y[1] = __fmaf_rn(__uint_as_float(v.y), sign, y[1]);
+  y[2] = __fmaf_rn(__uint_as_float(v.z), sign, y[2]);
+  y[3] = __fmaf_rn(__uint_as_float(v.w), sign, y[3]);
 }
 
 // k > 1: the sum of the picked entries.
@@ -98,15 +97,22 @@ __device__ __forceinline__ void add_picked(const HadamardClusterArgs& p, const O
   const char* const smem = reinterpret_cast<const char*>(hadamard_cluster_smem());
   const auto* picks =
       reinterpret_cast<const uint2*>(smem + p.smem.picks_at) + t.row * p.pick_vectors.divisor;
-  const char* entries = smem + p.smem.table_at + 16 * t.chunk;
+  uint32_t entries = smem_address(smem) + p.smem.table_at + 16 * t.chunk;
   y[0] = y[1] = y[2] = y[3] = 0.0f;
 #pragma unroll 1
   for (int left = p.k / 4; left > 0; left -= 4, ++picks, entries += 4 * table_group) {
-    const uint2 four = *picks;
-    add_entry(y, entries, four.x);
-    if (left > 1) add_entry(y, entries + table_group, four.x >> 16);
-    if (left > 2) add_entry(y, entries + 2 * table_group, four.y);
-    if (left > 3) add_entry(y, entries + 3 * table_group, four.y >> 16);
+    const uint2 words = *picks;
+    const uint32_t four[4] = {words.x, words.x >> 16, words.y, words.y >> 16};
+    uint4 v[4];
+    // All loads before the first addition; for a group that is not there, the first entry.
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      v[b] = load_shared_16(entries + (b < left ? (four[b] & 0x7FFF) + b * table_group : 0));
+    }
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      if (b < left) add_signed(y, v[b], four[b] << 16 & 0x80000000u);
+    }
   }
 }
 
@@ -170,7 +176,7 @@ template <int Q>
 __device__ __forceinline__ void finish_kept(const HadamardClusterArgs& p, uint32_t tasks,
                                             uint32_t rank, Quantizer quantizer, int64_t row,
                                             int64_t block_at) {
-  __shared__ uint32_t maxima[32], cluster_maxima[8];
+  __shared__ uint32_t maxima[32], cluster_maxima[16];
   if constexpr (Q == 0) butterflies_between_warps(p, tasks);
   uint32_t largest = 0;
 #pragma unroll 1

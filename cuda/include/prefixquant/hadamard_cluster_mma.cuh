@@ -88,12 +88,14 @@ struct TileSigns {
   uint4 a[kSteps];
   int32_t starts[2];  // -2^6 times the sum of the signs of rows g and g + 8
 
-  __device__ __forceinline__ TileSigns(const HadamardClusterArgs& p, int tile, int lane) {
-    int sums[2] = {};
+  __device__ __forceinline__ void load(const HadamardClusterArgs& p, int tile, int lane) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       a[step] = sign_fragment(p.signs, p.k, tile, step, lane);
     }
+  }
+  __device__ __forceinline__ void find_starts() {
+    int sums[2] = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       sums[0] = sum_of_bytes(a[step].z, sum_of_bytes(a[step].x, sums[0]));
@@ -175,7 +177,7 @@ template <int kSteps>
 __global__ void __launch_bounds__(kHadamardClusterMmaThreads, 2)
     hadamard_cluster_mma_kernel(const HadamardClusterArgs p) {
   __shared__ alignas(8) uint64_t received_barrier;
-  __shared__ uint32_t maxima[32], cluster_maxima[8];
+  __shared__ uint32_t maxima[32], cluster_maxima[16];
   const bool alone = p.log2_cluster == 0;
   const uint32_t rank = alone ? 0 : cluster_rank(), received = smem_address(&received_barrier);
   grid_dependency_launch();
@@ -186,7 +188,8 @@ __global__ void __launch_bounds__(kHadamardClusterMmaThreads, 2)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int output_tiles = (p.k + 15) / 16, parts = kHadamardClusterWarps / output_tiles;
   const int part = warp / output_tiles, output_tile = warp - part * output_tiles;
-  const TileSigns<kSteps> signs(p, output_tile, lane);
+  TileSigns<kSteps> signs;
+  signs.load(p, output_tile, lane);
 
   const int64_t block = blockIdx.x >> p.log2_cluster;
   const int64_t row = p.blocks_per_row.divide(static_cast<uint32_t>(block));
@@ -198,6 +201,7 @@ __global__ void __launch_bounds__(kHadamardClusterMmaThreads, 2)
   GateUp raw;
   raw.load(p, x_at, up_at, vector, 8 * vector < static_cast<uint32_t>(p.block_size));
   const float input_scale = p.scaling == RowScale::kStatic ? *p.scale : 1.0f;
+  signs.find_starts();                 // while the inputs are on their way
   if (!alone) cluster_wait_acquire();  // nobody sends to a CTA that has not started
   send_maximum(p, transform_tiles<true>(p, raw, x_at, up_at, tile, received), tile, received);
   Quantizer quantizer{__frcp_rn(input_scale), p.qmin, p.qmax};

@@ -25,12 +25,17 @@ __device__ __forceinline__ void mma_m16n8k32_s8_u8(int32_t (&c)[4], const uint4&
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// This lane's part of the signs of outputs 16 tile .. + 15 and inputs 32 step .. + 31.
+// This lane's part of the signs of outputs 16 tile .. + 15 and inputs 32 step .. + 31. Not __ldg:
+// ptxas moves such loads behind a wait for the kernel before, which they are there to overlap.
 __device__ __forceinline__ uint4 sign_fragment(const int8_t* signs, int k, int tile, int step,
                                                int lane) {
   const int row = 16 * tile + lane / 4, column = 32 * step + lane % 4 * 4;
   const auto word = [&](int i, int j) {
-    return i < k && j < k ? __ldg(reinterpret_cast<const uint32_t*>(signs + i * k + j)) : 0u;
+    uint32_t four = 0;
+    if (i < k && j < k) {
+      asm volatile("ld.global.b32 %0, [%1];" : "=r"(four) : "l"(signs + i * k + j));
+    }
+    return four;
   };
   return make_uint4(word(row, column), word(row + 8, column), word(row, column + 16),
                     word(row + 8, column + 16));

@@ -50,12 +50,37 @@ void allow_dynamic_smem(Kernel kernel, size_t bytes) {
                                      std::max(all, static_cast<int>(bytes))));
 }
 
+// A cluster of more CTAs needs permission and a device that can hold it.
+inline constexpr int kPortableCluster = 8;
+
+template <typename Kernel>
+void allow_large_cluster(Kernel kernel) {
+  cudaFuncAttributes attributes = {};
+  PQ_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  if (attributes.nonPortableClusterSizeAllowed) return;
+  PQ_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+}
+
+// CTAs of `threads` that a cluster of this kernel can have on the current device (sm_90 and later):
+// 16 on a whole H100.
+template <typename Kernel>
+int largest_cluster(Kernel kernel, int threads) {
+  allow_large_cluster(kernel);
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = dim3(2 * kPortableCluster);
+  launch.blockDim = dim3(threads);
+  int largest = 0;
+  PQ_CUDA_CHECK(cudaOccupancyMaxPotentialClusterSize(&largest, kernel, &launch));
+  return largest;
+}
+
 // Launches with programmatic dependent launch where the device has it (sm_90): the kernel must wait
 // (grid_dependency_wait) before it reads or writes what earlier kernels of the stream touch.
 template <typename... Parameters, typename... Arguments>
 void launch_dependent(void (*kernel)(Parameters...), const LaunchShape& shape, int arch,
                       cudaStream_t stream, const Arguments&... arguments) {
   if (shape.smem > 0) allow_dynamic_smem(kernel, shape.smem);
+  if (shape.cluster > kPortableCluster) allow_large_cluster(kernel);
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t launch = {};
   launch.gridDim = dim3(static_cast<unsigned>(shape.grid));
