@@ -66,8 +66,8 @@ def wait_until_up(port, alive=lambda: True, seconds=120):
     while time.monotonic() < end:
         assert alive()
         with contextlib.suppress(OSError, urllib.error.URLError):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).read()
-            return
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                return
         time.sleep(0.05)
     raise AssertionError("the server does not answer")
 
@@ -126,7 +126,8 @@ def test_client(checkpoint, needs_packages):
     process = server(checkpoint, port)
     try:
         wait_until_up(port, lambda: process.poll() is None)
-        check_completions(client(port), checkpoint)
+        with client(port) as api:
+            check_completions(api, checkpoint)
         client_code = str(ROOT / "examples" / "chat_client.py")
         example = [sys.executable, client_code, checkpoint.name, PROMPT]
         shown = subprocess.run(
@@ -151,7 +152,8 @@ def test_client_of_a_gpu(tmp_path, needs_packages):
     process = server(checkpoint, port, "cuda")
     try:
         wait_until_up(port, lambda: process.poll() is None)
-        check_completions(client(port), checkpoint, "cuda")
+        with client(port) as api:
+            check_completions(api, checkpoint, "cuda")
     finally:
         process.kill()
         process.communicate()

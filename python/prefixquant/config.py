@@ -249,6 +249,7 @@ class FinetuneConfig:
     e2e_scale_rate: float = 5e-4
     e2e_norms: bool = False
     e2e_prefix: bool = False
+    e2e_prefix_rate: float = 1e-3  # of the rms of the prefix's K or V in a block
     checkpointing: bool = False  # end to end: compute activations twice, keep one block's
     activations: str = "auto"  # where the streams are kept: device, host or disk
     folder: str | None = None  # of the streams on disk; None: the system's temporary folder
@@ -268,9 +269,10 @@ class FinetuneConfig:
                 f"train_samples: expected more than the {self.validation_samples} held out for "
                 f"validation, got {self.samples}"
             )
-        for name in ("weight_rate", "scale_rate", "e2e_weight_rate", "e2e_scale_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
+        for rate in dataclasses.fields(self):
+            value = getattr(self, rate.name)
+            if rate.name.endswith("_rate") and not 0 <= value < 1:
+                raise UserError(f"{rate.name}: expected 0 to 1, got {value}")
         if self.activations not in ("auto", "device", "host", "disk"):
             raise UserError(
                 f"activations: expected auto, device, host or disk, got {self.activations!r}"

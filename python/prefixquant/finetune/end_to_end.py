@@ -142,12 +142,12 @@ class EndToEnd:
         return report
 
     def _groups(self) -> list[dict]:
-        """One group of weights and one of the rest, over all blocks."""
+        """The groups of all blocks, those of one rate together."""
         merged: dict[float, dict] = {}
+        config = self.config
+        rates = config.e2e_weight_rate, config.e2e_scale_rate, config.e2e_prefix_rate
         for block in self.blocks:
-            for group in block.parameter_groups(
-                self.config.e2e_weight_rate, self.config.e2e_scale_rate
-            ):
+            for group in block.parameter_groups(*rates):
                 merged.setdefault(group["lr"], {"params": [], "lr": group["lr"]})
                 merged[group["lr"]]["params"] += group["params"]
         return list(merged.values())

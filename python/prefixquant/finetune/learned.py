@@ -123,14 +123,18 @@ class LearnedBlock(nn.Module):
 
     # ------------------------------------------------------------------ training
 
-    def parameter_groups(self, weight_rate: float, scale_rate: float) -> list[dict]:
-        """For an optimizer: the weights, and everything else."""
-        others = [p for name, p in self.named_parameters() if not name.startswith("latents")]
-        groups = [
-            {"params": list(self.latents), "lr": weight_rate},
-            {"params": [p for p in others if p.numel()], "lr": scale_rate},
-        ]
-        return [group for group in groups if group["params"]]
+    def parameter_groups(
+        self, weight_rate: float, scale_rate: float, prefix_rate: float = 0.0
+    ) -> list[dict]:
+        """For an optimizer: the weights, the prefix, and everything else."""
+        apart = {"latents": weight_rate, "prefix_delta": prefix_rate}
+        groups = {name: {"params": [], "lr": rate} for name, rate in apart.items()}
+        groups["scales"] = {"params": [], "lr": scale_rate}
+        for name, parameter in self.named_parameters():
+            group = groups.get(name.split(".")[0], groups["scales"])
+            if parameter.numel():
+                group["params"].append(parameter)
+        return [group for group in groups.values() if group["params"]]
 
     @torch.no_grad()
     def copy_from(self, other: "LearnedBlock") -> None:
