@@ -2,6 +2,7 @@
 """Fine-tuning: gradients of the quantizer, the learned block, Block-AP and end-to-end training."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from prefixquant.errors import UserError
 from prefixquant.finetune import BlockTuner, EndToEnd, Learned, LearnedBlock, Teacher
 from prefixquant.finetune.activations import ActivationStore
 from prefixquant.finetune.end_to_end import DistillationLoss
-from prefixquant.finetune.training import Schedule, rate_factor, train
+from prefixquant.finetune.training import Schedule, Task, rate_factor, train
 from prefixquant.quantizer import fake_quantize, fake_quantize_dynamic, qrange
 from prefixquant.roles import model_geometry
 from prefixquant.rotate import plan_rotations
@@ -235,10 +236,7 @@ def test_training_keeps_the_best_of_validation():
         Steps(),
         Schedule(5, 8, 4, 2, torch.device("cpu")),
         torch.Generator(),
-        lambda rows: None,
-        lambda: next(losses),
-        value.clone,
-        value.copy_,
+        Task(lambda rows: None, lambda: next(losses), value.clone, value.copy_),
     )
     assert value == 3 * 2  # two batches in each of three epochs
     assert log.best_epoch == 3
@@ -267,10 +265,7 @@ def test_training_stops_when_patience_ends_and_may_keep_the_start():
         Steps(),
         Schedule(9, 4, 4, 2, torch.device("cpu")),
         torch.Generator(),
-        lambda rows: None,
-        lambda: next(losses),
-        value.clone,
-        value.copy_,
+        Task(lambda rows: None, lambda: next(losses), value.clone, value.copy_),
     )
     assert value == 0
     assert log.best_epoch == 0
@@ -354,7 +349,7 @@ def test_end_to_end_training_lowers_the_divergence(learned):
         calibrated.append(block)
         start = dataclasses.replace(original, weights=block.targets)
         blocks.append(LearnedBlock(block, start, setting.prefix[index], learned))
-    teacher = Teacher(tuner.floating, setting.decoder.head_weight().float())
+    teacher = Teacher(tuner.floating, setting.decoder.head_weight().float(), setting.prefix)
     with torch.no_grad():
         training = EndToEnd(setting.decoder, blocks, setting.ids, teacher, config, 0)
     report = training.run()
@@ -363,6 +358,37 @@ def test_end_to_end_training_lowers_the_divergence(learned):
     for before, after in zip(calibrated, frozen, strict=True):
         same_integers = all(torch.equal(w.q, before.weights[r].q) for r, w in after.weights.items())
         assert same_integers != learned.weights
+
+
+def test_mixed_samples_are_the_same_tokens_in_other_contexts():
+    setting = Setting()
+    config = dataclasses.replace(CONFIG, e2e_mix=True, e2e_epochs=2)
+    tuner = setting.tuner(config)
+    original, block = setting.calibrated(0)
+    with torch.no_grad():
+        tuner.advance_float(original, setting.prefix[0])
+    learned = LearnedBlock(block, original, setting.prefix[0], Learned(True))
+    teacher = Teacher(tuner.floating, setting.decoder.head_weight().float(), setting.prefix)
+    with torch.no_grad():
+        training = EndToEnd(setting.decoder, [learned], setting.ids, teacher, config, 0)
+        embedded, said = training.embedded.values.clone(), teacher.hidden.values.clone()
+        training._mix(torch.Generator().manual_seed(1))
+    held_out = slice(16, None)
+    assert torch.equal(teacher.hidden.values[held_out], said[held_out])
+    assert not torch.equal(teacher.hidden.values, said)
+    # Strung together and cut at another place: every token follows its predecessor, or a seam.
+    rows = {tuple(row) for row in embedded[:16].flatten(0, 1).tolist()}
+    mixed = training.embedded.values[:16].flatten(0, 1)
+    assert {tuple(row) for row in mixed.tolist()} == rows
+    pairs = {(*a, *b) for sample in embedded[:16].tolist() for a, b in pairwise(sample)}
+    kept = [(*a, *b) in pairs for a, b in pairwise(mixed.tolist())]
+    assert sum(kept) >= len(kept) - 16
+    x = training.embedded.read(slice(0, 4))
+    expected = block_forward(original, setting.decoder.shape, x, training.rope, setting.prefix[0])
+    assert torch.equal(teacher.hidden.read(slice(0, 4)), expected)
+    training.run()
+    assert torch.equal(training.embedded.values, embedded)
+    torch.testing.assert_close(teacher.hidden.values, said)
 
 
 def test_checkpointing_changes_no_bit():
@@ -375,7 +401,7 @@ def test_checkpointing_changes_no_bit():
         with torch.no_grad():
             tuner.advance_float(original, setting.prefix[0])
         learned = LearnedBlock(block, original, setting.prefix[0], Learned(True, True, True))
-        teacher = Teacher(tuner.floating, setting.decoder.head_weight().float())
+        teacher = Teacher(tuner.floating, setting.decoder.head_weight().float(), setting.prefix)
         with torch.no_grad():
             EndToEnd(setting.decoder, [learned], setting.ids, teacher, config, 0).run()
         results.append(learned.freeze()[0])

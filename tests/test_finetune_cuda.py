@@ -93,14 +93,16 @@ def test_a_model_on_the_host_gives_the_same_block():
 
 @pytest.mark.parametrize("weights", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_end_to_end_training_repeats(weights, checkpointing):
+@pytest.mark.parametrize("mix", [True, False])
+def test_end_to_end_training_repeats(weights, checkpointing, mix):
     decoder, ids, prefix, original, block = setting = calibrated()
-    config = dataclasses.replace(CONFIG, checkpointing=checkpointing)
+    config = dataclasses.replace(CONFIG, checkpointing=checkpointing, e2e_mix=mix)
     results = []
     for _ in range(2):
         tuner, _, _ = tuned(setting, config)
         learned = LearnedBlock(block, original, prefix, Learned(weights))
-        teacher = Teacher(tuner.floating, decoder.head_weight().to("cuda", torch.float32))
+        head = decoder.head_weight().to("cuda", torch.float32)
+        teacher = Teacher(tuner.floating, head, [prefix])
         with torch.no_grad():
             report = EndToEnd(decoder, [learned], ids, teacher, config, 0).run()
         results.append((learned.freeze()[0], report["training_loss"]))

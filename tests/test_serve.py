@@ -65,9 +65,12 @@ def wait_until_up(port, alive=lambda: True, seconds=120):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         assert alive()
-        with contextlib.suppress(OSError, urllib.error.URLError):
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-                return
+        url = f"http://127.0.0.1:{port}/health"
+        with (
+            contextlib.suppress(OSError, urllib.error.URLError),
+            urllib.request.urlopen(url, timeout=1),
+        ):
+            return
         time.sleep(0.05)
     raise AssertionError("the server does not answer")
 

@@ -65,6 +65,9 @@ class Run:
             e2e_scale_rate=arguments.e2e_scale_rate,
             e2e_norms=arguments.e2e_norms,
             e2e_prefix=arguments.e2e_prefix,
+            e2e_prefix_rate=arguments.e2e_prefix_rate,
+            e2e_mix=arguments.e2e_mix,
+            patience=arguments.patience,
         )
         return RecipeConfig(
             scheme=Scheme.parse(self.scheme),
@@ -92,11 +95,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train-seqlen", type=int, default=defaults.seqlen)
     parser.add_argument("--search-samples", type=int, default=RecipeConfig().search_samples)
     parser.add_argument("--solver", default=RecipeConfig().solver)
-    for name in ("weight_rate", "scale_rate", "e2e_weight_rate", "e2e_scale_rate"):
+    parser.add_argument("--patience", type=int, default=defaults.patience)
+    rates = ("weight_rate", "scale_rate", "e2e_weight_rate", "e2e_scale_rate", "e2e_prefix_rate")
+    for name in rates:
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=float, default=getattr(defaults, name))
     parser.add_argument("--e2e-norms", action="store_true", default=defaults.e2e_norms)
     parser.add_argument("--e2e-prefix", action="store_true", default=defaults.e2e_prefix)
+    parser.add_argument("--e2e-mix", action="store_true", default=defaults.e2e_mix)
     parser.add_argument("--suffix", default="finetune", help="the result is NAME-SUFFIX.json")
     parser.add_argument(
         "--results", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy"

@@ -190,7 +190,7 @@ class BlockPipeline:
             LearnedBlock(block, dataclasses.replace(block.simulated, weights=latents), kv, learned)
             for (block, latents), kv in zip(self._starts, self.prefix, strict=True)
         ]
-        teacher = Teacher(self.tuner.floating, self._head())
+        teacher = Teacher(self.tuner.floating, self._head(), self.prefix)
         training = EndToEnd(self.decoder, blocks, self.training, teacher, config, self.recipe.seed)
         report = training.run(lambda: advance(1))
         finished = []

@@ -250,6 +250,7 @@ class FinetuneConfig:
     e2e_norms: bool = False
     e2e_prefix: bool = False
     e2e_prefix_rate: float = 1e-3  # of the rms of the prefix's K or V in a block
+    e2e_mix: bool = False  # string the samples together anew every epoch, and cut them elsewhere
     checkpointing: bool = False  # end to end: compute activations twice, keep one block's
     activations: str = "auto"  # where the streams are kept: device, host or disk
     folder: str | None = None  # of the streams on disk; None: the system's temporary folder

@@ -19,7 +19,7 @@ from prefixquant.config import FinetuneConfig
 from prefixquant.decoder import FloatDecoder
 from prefixquant.finetune.activations import ActivationStore, choose_place
 from prefixquant.finetune.learned import Learned, LearnedBlock
-from prefixquant.finetune.training import Schedule, Stepper, train, training_mode
+from prefixquant.finetune.training import Schedule, Stepper, Task, train, training_mode
 from prefixquant.roles import BlockWeights
 
 _FORWARD_BATCH = 4  # samples at once where nothing is trained
@@ -111,16 +111,9 @@ class BlockTuner:
         with training_mode(self.device):
             self._prepare(fresh)
             generator = torch.Generator().manual_seed(_block_seed(self.seed, index))
-            log = train(
-                self._stepper,
-                self._schedule(),
-                generator,
-                self._load,
-                self._validate,
-                self._learned.snapshot,
-                self._learned.restore,
-                on_epoch,
-            )
+            learned = self._learned
+            task = Task(self._load, self._validate, learned.snapshot, learned.restore)
+            log = train(self._stepper, self._schedule(), generator, task, on_epoch)
         tuned, _ = self._learned.freeze()
         latents = self._learned.floating_weights()
         report = log.to_dict() | {"seconds": time.monotonic() - start}

@@ -8,19 +8,19 @@ rounding.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from prefixquant.block import block_forward
+from prefixquant.block import PrefixKV, block_forward
 from prefixquant.config import FinetuneConfig
 from prefixquant.decoder import FloatDecoder
 from prefixquant.finetune.activations import ActivationStore
 from prefixquant.finetune.learned import LearnedBlock
-from prefixquant.finetune.training import Schedule, Stepper, train, training_mode
+from prefixquant.finetune.training import Schedule, Stepper, Task, train, training_mode
 
 _LOGIT_ROWS = 2048  # rows of logits at once: [2048, 128256] in float32 are 1 GB
 
@@ -70,6 +70,12 @@ class Teacher:
 
     hidden: ActivationStore  # its residual stream after the last block
     head: Tensor  # float32 [V, C], the final norm folded in
+    prefix: list[PrefixKV]  # its K/V in every block
+
+
+def _batches(count: int, size: int = 4) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
 
 
 class EndToEnd:
@@ -89,6 +95,7 @@ class EndToEnd:
         config: FinetuneConfig,
         seed: int,
     ):
+        self.decoder, self.samples = decoder, samples
         self.shape, self.device, self.eps = decoder.shape, decoder.device, decoder.geometry.eps
         self.blocks, self.teacher, self.config, self.seed = blocks, teacher, config, seed
         self.counted = slice(1 if blocks[0].key_start.shape[1] else 0, None)
@@ -99,8 +106,7 @@ class EndToEnd:
             teacher.hidden.place,
             folder=config.folder,
         )
-        for start in range(0, len(samples), 4):
-            rows = slice(start, start + 4)
+        for rows in _batches(len(samples)):
             self.embedded.write(rows, decoder.embed(samples[rows]))
         self.trained = len(samples) - config.validation_samples
 
@@ -126,20 +132,40 @@ class EndToEnd:
             self._restore(kept)
             stepper.reset()
             generator = torch.Generator().manual_seed(self.seed)
-            log = train(
-                stepper,
-                schedule,
-                generator,
-                self._load,
-                self._validate,
-                self._snapshot,
-                self._restore,
-                on_epoch,
-            )
+            task = Task(self._load, self._validate, self._snapshot, self._restore)
+            if config.e2e_mix:
+                task = replace(task, begin_epoch=lambda: self._mix(generator))
+            log = train(stepper, schedule, generator, task, on_epoch)
+            if config.e2e_mix:
+                self._place(self.samples[: self.trained])
         report = log.to_dict() | {"seconds": time.monotonic() - start}
         if self.device.type == "cuda":
             report["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
         return report
+
+    def _mix(self, generator: torch.Generator) -> None:
+        """The training samples strung together in another order and cut at another place: the same
+        tokens in other contexts, of which the float model says other things."""
+        samples = self.samples[: self.trained]
+        order = torch.randperm(len(samples), generator=generator)
+        start = int(torch.randint(samples.shape[1], (), generator=generator))
+        self._place(samples[order].flatten().roll(-start).view_as(samples))
+
+    @torch.no_grad()
+    def _place(self, samples: Tensor) -> None:
+        """Makes these the training samples: their embeddings and the teacher's stream."""
+        teacher = self.teacher
+        with torch.autocast(self.device.type, enabled=False):
+            for rows in _batches(len(samples)):
+                x = self.decoder.embed(samples[rows])
+                self.embedded.write(rows, x)
+                teacher.hidden.write(rows, x)
+            for index in range(len(self.blocks)):
+                block, prefix = self.decoder.block(index), teacher.prefix[index]
+                for rows in _batches(len(samples)):
+                    x = teacher.hidden.read(rows)
+                    x = block_forward(block, self.shape, x, self.rope, prefix)
+                    teacher.hidden.write(rows, x)
 
     def _groups(self) -> list[dict]:
         """The groups of all blocks, those of one rate together."""

@@ -174,38 +174,46 @@ class Schedule:
         return max(1, self.samples // self.batch)
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is trained on what."""
+
+    load: Callable[[Tensor], None]  # the samples of an index tensor, to where the loss reads them
+    validate: Callable[[], float]  # the mean loss on samples held out
+    snapshot: Callable[[], object]
+    restore: Callable[[object], None]
+    begin_epoch: Callable[[], None] = lambda: None  # may replace the samples
+
+
 def train(
     stepper: Stepper,
     schedule: Schedule,
     generator: torch.Generator,
-    load: Callable[[Tensor], None],
-    validate: Callable[[], float],
-    snapshot: Callable[[], object],
-    restore: Callable[[object], None],
+    task: Task,
     on_epoch: Callable[[], None] = lambda: None,
 ) -> TrainingLog:
     """Trains and leaves the parameters that validated best, the start included.
 
     Args:
         generator: draws the order of samples.
-        load: puts the samples of an index tensor [batch] into the buffers that the loss reads.
-        validate: the mean loss on samples held out.
+        on_epoch: called at the end of every epoch.
     """
-    log = TrainingLog([validate()])
-    best, kept = log.validation[0], snapshot()
+    log = TrainingLog([task.validate()])
+    best, kept = log.validation[0], task.snapshot()
     steps = schedule.epochs * schedule.batches
     for epoch in range(schedule.epochs):
+        task.begin_epoch()
         order = torch.randperm(schedule.samples, generator=generator).to(schedule.index_device)
         for index in range(schedule.batches):
-            load(order[index * schedule.batch : (index + 1) * schedule.batch])
+            task.load(order[index * schedule.batch : (index + 1) * schedule.batch])
             stepper.step(rate_factor(epoch * schedule.batches + index, steps))
         log.training.append(stepper.total.item() / schedule.batches)
         stepper.total.zero_()
-        log.validation.append(validate())
+        log.validation.append(task.validate())
         on_epoch()
         if log.validation[-1] < best:
-            best, kept, log.best_epoch = log.validation[-1], snapshot(), epoch + 1
+            best, kept, log.best_epoch = log.validation[-1], task.snapshot(), epoch + 1
         elif epoch + 1 - log.best_epoch >= schedule.patience:
             break
-    restore(kept)
+    task.restore(kept)
     return log
