@@ -10,6 +10,7 @@ from prefixquant import ops
 from prefixquant.block import PrefixKV, block_forward
 from prefixquant.calibrate import Streams, calibrate_block
 from prefixquant.config import FinetuneConfig, RecipeConfig, Scheme
+from prefixquant.counted import Counted
 from prefixquant.decoder import FloatDecoder, compute_device, place_model
 from prefixquant.errors import UserError
 from prefixquant.finetune import BlockTuner, EndToEnd, Learned, LearnedBlock, Teacher
@@ -44,6 +45,9 @@ class Setting:
         start = self.decoder.embed(self.ids[:4])
         self.streams = Streams(start, start.clone())
 
+    def counted(self, prefix_length: int) -> Counted:
+        return Counted(self.ids.shape, prefix_length, 64.0, self.decoder.device)
+
     def calibrated(self, index: int):
         """(float block, calibrated block); the streams move past it."""
         original = self.decoder.block(index)
@@ -60,7 +64,7 @@ class Setting:
 
     def tuner(self, config: FinetuneConfig = CONFIG) -> BlockTuner:
         with torch.no_grad():
-            return BlockTuner(self.decoder, self.ids, 1, config, seed=7)
+            return BlockTuner(self.decoder, self.ids, self.counted(1), config, seed=7)
 
 
 def same_block(a, b) -> bool:
@@ -458,8 +462,8 @@ def test_prefix_of_no_tokens():
     learned = LearnedBlock(block, original, setting.prefix[0], Learned(True, True, True))
     assert not learned.prefix_delta
     with torch.no_grad():
-        tuner = BlockTuner(setting.decoder, setting.ids, 0, CONFIG, seed=0)
-        assert tuner.counted == slice(0, None)
+        tuner = BlockTuner(setting.decoder, setting.ids, setting.counted(0), CONFIG, seed=0)
+        assert tuner.counted.mask.all()
         tuner.advance_float(original, setting.prefix[0])
     report = tuner.tune(0, original, block, setting.prefix[0])[2]
     assert min(report["validation_loss"]) < report["validation_loss"][0]

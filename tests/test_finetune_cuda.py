@@ -8,6 +8,7 @@ import torch
 from prefixquant.block import PrefixKV
 from prefixquant.calibrate import Streams, calibrate_block
 from prefixquant.config import FinetuneConfig, Scheme
+from prefixquant.counted import Counted
 from prefixquant.decoder import FloatDecoder
 from prefixquant.finetune import BlockTuner, EndToEnd, Learned, LearnedBlock, Teacher
 from prefixquant.roles import model_geometry
@@ -42,7 +43,8 @@ def calibrated(model_device: str = "cuda"):
 def tuned(setting, config: FinetuneConfig):
     decoder, ids, prefix, original, block = setting
     with torch.no_grad():
-        tuner = BlockTuner(decoder, ids, 1, config, seed=7)
+        counted = Counted(ids.shape, 1, 64.0, decoder.device)
+        tuner = BlockTuner(decoder, ids, counted, config, seed=7)
         tuner.advance_float(original, prefix)
     first, _, report = tuner.tune(0, original, block, prefix)
     return tuner, first, report

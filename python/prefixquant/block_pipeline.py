@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefixquant.block import PrefixKV, block_forward
+from prefixquant.block import BlockScales, PrefixKV, block_forward
 from prefixquant.calibrate import CalibratedBlock, Streams, calibrate_block
 from prefixquant.config import FinetuneConfig, RecipeConfig
+from prefixquant.counted import Counted
 from prefixquant.decoder import FloatDecoder
 from prefixquant.finetune import BlockTuner, EndToEnd, Learned, LearnedBlock, Teacher
 from prefixquant.resume import BlockState, SavedBlock
@@ -75,7 +76,8 @@ class BlockPipeline:
         self.decoder, self.recipe, self.prefix, self.state = decoder, recipe, prefix, state
         self._solver = WeightSolver(recipe.solver, recipe.group_size, recipe.outlier_fraction)
         embedded = decoder.embed(samples.search)
-        self.streams = Streams(embedded, embedded.clone())
+        counted = Counted(samples.search.shape, prefix[0].length, recipe.eta, decoder.device)
+        self.streams = Streams(embedded, embedded.clone(), counted)
         self.rope = decoder.rope(recipe.search_seqlen)
         self.training = samples.training
         self.tuner: BlockTuner | None = None
@@ -83,7 +85,7 @@ class BlockPipeline:
             self.tuner = BlockTuner(
                 decoder,
                 samples.training,
-                prefix[0].length,
+                Counted(samples.training.shape, prefix[0].length, recipe.eta, decoder.device),
                 recipe.finetune,
                 recipe.seed,
                 quantized=recipe.finetune.epochs > 0,
@@ -112,7 +114,7 @@ class BlockPipeline:
                 self.state.save(index, saved)
         else:
             block = saved.rebuild(original)
-            self._advance(self.streams.floating, original, None, index)
+            self._advance(self.streams.floating, original, None, index, self.streams.counted)
             self._advance(self.streams.quantized, block.simulated, block.scales, index)
             advance(self.steps_per_block)
         if self.tuner is not None and self.tuner.quantized is not None:
@@ -163,12 +165,25 @@ class BlockPipeline:
         report = block_report(index, block) | report
         return block, SavedBlock(block.weights, block.scales, report, latents)
 
-    def _advance(self, stream: Tensor, block: BlockWeights, scales, index: int) -> None:
-        for part in stream.split(_SEARCH_BATCH):  # views: the stream is updated in place
-            part.copy_(
-                block_forward(
-                    block, self.decoder.shape, part, self.rope, self.prefix[index], scales
-                )
+    def _advance(
+        self,
+        stream: Tensor,
+        block: BlockWeights,
+        scales: BlockScales | None,
+        index: int,
+        counted: Counted | None = None,
+    ) -> None:
+        for start in range(0, len(stream), _SEARCH_BATCH):
+            rows = slice(start, start + _SEARCH_BATCH)
+            tap = {} if counted is None else {"tap": counted.tap(rows)}
+            stream[rows] = block_forward(
+                block,
+                self.decoder.shape,
+                stream[rows],
+                self.rope,
+                self.prefix[index],
+                scales,
+                **tap,
             )
 
     def end_to_end(

@@ -28,7 +28,8 @@ from prefixquant.block import (
     rms_norm,
 )
 from prefixquant.compensate import compensate, input_shortfall, output_shortfall
-from prefixquant.config import COMPENSATION, Scheme
+from prefixquant.config import COMPENSATION, RecipeConfig, Scheme
+from prefixquant.counted import Counted
 from prefixquant.quantizer import fake_quantize, fake_quantize_dynamic, matmul_dtype, minmax_scale
 from prefixquant.roles import POINTS, BlockWeights
 from prefixquant.rotate import rotate_last_dim
@@ -61,6 +62,7 @@ class Streams:
 
     floating: Tensor
     quantized: Tensor
+    counted: Counted | None = None  # made for the first block where it is not given
 
 
 @dataclass
@@ -122,16 +124,15 @@ def search_head_scales(x: Tensor, metric: Tensor, bits: int, mode: str = "static
     attention logits; for V, G = W_o^T W_o of the o_proj columns that the head feeds.
 
     Args:
-        x: [B, H, T, D]; metric: [H, D, D].
+        x: [H, N, D]; metric: [H, D, D].
 
     Returns:
         float32 [H].
     """
-    quantizer, start = fake_quantize, minmax_scale(x.abs().amax(dim=(0, 2, 3)), bits)
+    quantizer, start = fake_quantize, minmax_scale(x.abs().amax(dim=(1, 2)), bits)
     if mode == "dynamic":
         quantizer, start = fake_quantize_dynamic, torch.ones_like(start)
-    tokens = x.transpose(0, 1).flatten(1, 2)  # [H, B*T, D]
-    tokens = tokens[:, :: max(1, tokens.shape[1] // _SEARCH_TOKENS)]
+    tokens = x[:, :: max(1, x.shape[1] // _SEARCH_TOKENS)]
     best, least = start.clone(), torch.full_like(start, torch.inf)
     for ratio in _HEAD_RATIOS:
         scale = start * ratio
@@ -159,6 +160,7 @@ class _BlockQuantizer:
         prefix: PrefixKV,
         solver: WeightSolver,
         compensation: float,
+        counted: Tensor,
     ):
         self.solver = solver
         self.compensation = compensation
@@ -167,11 +169,7 @@ class _BlockQuantizer:
         self.scheme = scheme
         self.rope = rope
         self.prefix = prefix
-        # With a prefix in front, position 0 of a sample is a token torn out of its text, and now
-        # and then an outlier of its own (SmolLM2 with BOS: 2 of 64 windows, 1600 medians). One such
-        # token would decide scales and Hessians, so it has no say. Without prefix it is in every
-        # sequence, and counts.
-        self.counted = slice(1 if prefix.length else 0, None)
+        self.counted = counted
         self.scales = BlockScales(
             activation_bits=scheme.activation_bits,
             kv_bits=scheme.kv_bits,
@@ -191,7 +189,12 @@ class _BlockQuantizer:
         )
 
     def _rows(self, x: Tensor) -> Tensor:
-        return x[:, self.counted].flatten(0, 1)
+        """The tokens that count: x [n, T, ...] -> [N, ...]."""
+        return x[self.counted]
+
+    def _head_rows(self, x: Tensor) -> Tensor:
+        """x [n, H, T, D] -> [H, N, D]."""
+        return self._rows(x.transpose(1, 2)).transpose(0, 1).contiguous()
 
     def point(self, name: str, x: Tensor, wanted: Tensor) -> Tensor:
         """Searches the scale of an activation point, solves the weights that read it, and returns
@@ -205,7 +208,7 @@ class _BlockQuantizer:
         weights = [self.float_block.weights[role] for role in POINTS[name]]
         if self.scheme.activation_bits < 16:
             self.scales.activations[name] = search_activation_scale(
-                x[:, self.counted],
+                self._rows(x),
                 weights,
                 self.scheme.activation_bits,
                 self.scheme.activation_mode,
@@ -241,12 +244,12 @@ class _BlockQuantizer:
         bits, mode, geometry = self.scheme.kv_bits, self.scheme.kv_mode, self.shape.geometry
         if bits == 16:
             return k, v
-        queries = q[:, :, self.counted].transpose(0, 1).flatten(1, 2)  # [H, B*T, D]
+        queries = self._head_rows(q)
         logits = _grouped_metric(queries.transpose(1, 2) @ queries, geometry.kv_heads)
         out = self.float_block.weights["o"].unflatten(-1, (geometry.heads, -1)).transpose(0, 1)
         outputs = _grouped_metric(out.transpose(1, 2) @ out, geometry.kv_heads)
-        self.scales.k = search_head_scales(k[:, :, self.counted], logits, bits, mode)
-        self.scales.v = search_head_scales(v[:, :, self.counted], outputs, bits, mode)
+        self.scales.k = search_head_scales(self._head_rows(k), logits, bits, mode)
+        self.scales.v = search_head_scales(self._head_rows(v), outputs, bits, mode)
         if bits == 8:  # one scale a tensor at 8 bits: the largest of its heads
             self.scales.k = self.scales.k.amax().expand_as(self.scales.k).contiguous()
             self.scales.v = self.scales.v.amax().expand_as(self.scales.v).contiguous()
@@ -286,12 +289,15 @@ def _float_pass(
     shape: BlockShape,
     rope: tuple[Tensor, Tensor],
     prefix: PrefixKV,
-    x: Tensor,
+    streams: Streams,
 ) -> FloatPass:
+    x, start = streams.floating, 0
     middle, leaving = torch.empty_like(x), torch.empty_like(x)
     for part, mid, out in _batches(x, middle, leaving):
+        tap = streams.counted.tap(slice(start, start + len(part)))
         mid.copy_(attention_half(block, shape, part, rope, prefix))
-        out.copy_(mlp_half(block, shape, mid))
+        out.copy_(mlp_half(block, shape, mid, tap=tap))
+        start += len(part)
     return FloatPass(x, middle, leaving)
 
 
@@ -315,8 +321,12 @@ def calibrate_block(
         solver: finds the integers and scales of the weights.
         compensation: the ``strength`` of `compensate`; 0 leaves the float weights as targets.
     """
-    floating = _float_pass(block, shape, rope, prefix, streams.floating)
-    quantizer = _BlockQuantizer(block, shape, scheme, rope, prefix, solver, compensation)
+    if streams.counted is None:
+        x = streams.floating
+        streams.counted = Counted(x.shape[:2], prefix.length, RecipeConfig().eta, x.device)
+    floating = _float_pass(block, shape, rope, prefix, streams)
+    counted = streams.counted.mask
+    quantizer = _BlockQuantizer(block, shape, scheme, rope, prefix, solver, compensation, counted)
     streams.quantized.copy_(quantizer.run(streams.quantized, floating))
     streams.floating.copy_(floating.leaving)
     error = (streams.quantized - streams.floating).square().sum()

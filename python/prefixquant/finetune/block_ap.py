@@ -16,6 +16,7 @@ from torch import Tensor
 from prefixquant.block import PrefixKV, block_forward
 from prefixquant.calibrate import CalibratedBlock
 from prefixquant.config import FinetuneConfig
+from prefixquant.counted import Counted
 from prefixquant.decoder import FloatDecoder
 from prefixquant.finetune.activations import ActivationStore, choose_place
 from prefixquant.finetune.learned import Learned, LearnedBlock
@@ -35,8 +36,7 @@ class BlockTuner:
     Args:
         decoder: gives embedding, RoPE and shapes.
         samples: int64 [n, T]; the last ``config.validation_samples`` of them are held out.
-        prefix_length: tokens of the prefix. Behind a prefix, position 0 of a sample has no say, as
-            in calibration.
+        counted: the tokens whose errors the loss adds up.
         quantized: False where only the float stream is wanted (no block is tuned).
     """
 
@@ -44,7 +44,7 @@ class BlockTuner:
         self,
         decoder: FloatDecoder,
         samples: Tensor,
-        prefix_length: int,
+        counted: Counted,
         config: FinetuneConfig,
         seed: int,
         *,
@@ -52,7 +52,7 @@ class BlockTuner:
     ):
         self.config, self.seed = config, seed
         self.shape, self.device = decoder.shape, decoder.device
-        self.counted = slice(1 if prefix_length else 0, None)
+        self.counted = counted
         self.rope = decoder.rope(samples.shape[1])
         self.trained = len(samples) - config.validation_samples
         shape = (*samples.shape, decoder.geometry.hidden)
@@ -70,15 +70,18 @@ class BlockTuner:
         self._stepper: Stepper | None = None
         self._x: Tensor | None = None
         self._target: Tensor | None = None
+        self._weight: Tensor | None = None
 
     def _stores(self) -> list[ActivationStore]:
         return [store for store in (self.floating, self.quantized) if store is not None]
 
     def advance_float(self, block: BlockWeights, prefix: PrefixKV) -> None:
         """Takes the float stream through the float block."""
-        self.floating.advance(
-            lambda x: block_forward(block, self.shape, x, self.rope, prefix), _FORWARD_BATCH
-        )
+        for start in range(0, len(self.floating), _FORWARD_BATCH):
+            rows = slice(start, start + _FORWARD_BATCH)
+            x, tap = self.floating.read(rows), self.counted.tap(rows)
+            x = block_forward(block, self.shape, x, self.rope, prefix, tap=tap)
+            self.floating.write(rows, x)
 
     def advance_quantized(self, block: CalibratedBlock, prefix: PrefixKV) -> None:
         """Takes the quantized stream through the finished block."""
@@ -125,7 +128,7 @@ class BlockTuner:
 
     def release(self) -> None:
         """Gives back what a training step holds on the device; the next block makes it anew."""
-        self._learned = self._stepper = self._x = self._target = None
+        self._learned = self._stepper = self._x = self._target = self._weight = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -148,6 +151,7 @@ class BlockTuner:
             batch = min(self.config.batch, self.trained)
             self._x = torch.zeros(batch, *self.floating.values.shape[1:], device=self.device)
             self._target = torch.zeros_like(self._x)
+            self._weight = torch.ones(*self._x.shape[:2], device=self.device)
             self._learned = fresh
             kept = fresh.snapshot()
             groups = fresh.parameter_groups(self.config.weight_rate, self.config.scale_rate)
@@ -160,14 +164,17 @@ class BlockTuner:
     def _load(self, rows: Tensor) -> None:
         self._x.copy_(self.quantized.read(rows))
         self._target.copy_(self.floating.read(rows))
+        self._weight.copy_(self.counted.mask[rows.to(self.device)])
 
-    def _error(self, x: Tensor, target: Tensor) -> Tensor:
+    def _error(self, x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        """The mean squared error of the tokens whose weight [B, T] is 1 and not 0."""
         block, scales, prefix = self._learned.materialize()
         out = block_forward(block, self.shape, x, self.rope, prefix, scales)
-        return (out - target)[:, self.counted].float().square().mean()
+        errors = (out - target).float().square().mean(-1)
+        return (errors * weight).sum() / weight.sum()
 
     def _loss(self) -> Tensor:
-        return self._error(self._x, self._target)
+        return self._error(self._x, self._target, self._weight)
 
     @torch.no_grad()
     def _validate(self) -> float:
@@ -176,7 +183,8 @@ class BlockTuner:
         for first in held_out:
             rows = slice(first, first + _FORWARD_BATCH)
             x = self.quantized.read(rows)
-            total += self._error(x, self.floating.read(rows)) * len(x)
+            weight = self.counted.mask[rows].float()
+            total += self._error(x, self.floating.read(rows), weight) * len(x)
         return total.item() / self.config.validation_samples
 
 
