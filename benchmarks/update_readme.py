@@ -136,7 +136,8 @@ def finetune_summary(results: list[dict]) -> list[dict]:
             tuning = run.get("recipe", {}).get("finetune")
             epochs = extras = ""
             if tuning:
-                epochs = f"{tuning['epochs']} + {tuning['e2e_epochs']}"
+                mixed = ", mixed" if tuning.get("e2e_mix") else ""
+                epochs = f"{tuning['epochs']} + {tuning['e2e_epochs']}{mixed}"
                 trained = {"e2e_norms": "norms", "e2e_prefix": "prefix"}
                 extras = ", ".join(name for key, name in trained.items() if tuning[key])
             table = tables.setdefault(
@@ -147,7 +148,8 @@ def finetune_summary(results: list[dict]) -> list[dict]:
                     "columns": ["setting", "prefix", "epochs", "phase", *result["columns"][3:]],
                     "rows": [],
                     "note": result["note"] + " Epochs: of Block-AP + end to end; the latter trains "
-                    "norms and the prefix's K/V too where its row says so.",
+                    "norms and the prefix's K/V too where its row says so. Mixed: every epoch end to "
+                    "end strings the samples together anew and cuts them elsewhere.",
                 },
             )
             label = phase + (f" ({extras} too)" if extras and phase.startswith("then") else "")
