@@ -148,8 +148,8 @@ def finetune_summary(results: list[dict]) -> list[dict]:
                     "columns": ["setting", "prefix", "epochs", "phase", *result["columns"][3:]],
                     "rows": [],
                     "note": result["note"] + " Epochs: of Block-AP + end to end; the latter trains "
-                    "norms and the prefix's K/V too where its row says so. Mixed: every epoch end to "
-                    "end strings the samples together anew and cuts them elsewhere.",
+                    "norms and the prefix's K/V too where its row says so; where that is mixed, it "
+                    "strings the samples together anew every epoch and cuts them elsewhere.",
                 },
             )
             label = phase + (f" ({extras} too)" if extras and phase.startswith("then") else "")
