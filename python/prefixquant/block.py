@@ -62,7 +62,7 @@ class PrefixKV:
 Tap = Callable[[str, Tensor], None]
 
 
-def _no_tap(name: str, value: Tensor) -> None:
+def no_tap(name: str, value: Tensor) -> None:
     pass
 
 
@@ -145,7 +145,7 @@ def attention_half(
     rope: tuple[Tensor, Tensor],
     prefix: PrefixKV | None = None,
     scales: BlockScales | None = None,
-    tap: Tap = _no_tap,
+    tap: Tap = no_tap,
 ) -> Tensor:
     """``x + o_proj(attention(q, k, v))`` for x [B, T, C]."""
     scales = scales or BlockScales()
@@ -166,7 +166,7 @@ def mlp_half(
     shape: BlockShape,
     x: Tensor,
     scales: BlockScales | None = None,
-    tap: Tap = _no_tap,
+    tap: Tap = no_tap,
 ) -> Tensor:
     """``x + down_proj(R4(silu(gate) * up))`` for x [B, T, C]."""
     scales = scales or BlockScales()
@@ -187,7 +187,7 @@ def block_forward(
     rope: tuple[Tensor, Tensor],
     prefix: PrefixKV | None = None,
     scales: BlockScales | None = None,
-    tap: Tap = _no_tap,
+    tap: Tap = no_tap,
 ) -> Tensor:
     """One decoder block, x [B, T, C] -> [B, T, C]."""
     x = attention_half(block, shape, x, rope, prefix, scales, tap)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefixquant.block import BlockScales, PrefixKV, block_forward
+from prefixquant.block import BlockScales, PrefixKV, block_forward, no_tap
 from prefixquant.calibrate import CalibratedBlock, Streams, calibrate_block
 from prefixquant.config import FinetuneConfig, RecipeConfig
 from prefixquant.counted import Counted
@@ -175,7 +175,7 @@ class BlockPipeline:
     ) -> None:
         for start in range(0, len(stream), _SEARCH_BATCH):
             rows = slice(start, start + _SEARCH_BATCH)
-            tap = {} if counted is None else {"tap": counted.tap(rows)}
+            tap = no_tap if counted is None else counted.tap(rows)
             stream[rows] = block_forward(
                 block,
                 self.decoder.shape,
@@ -183,7 +183,7 @@ class BlockPipeline:
                 self.rope,
                 self.prefix[index],
                 scales,
-                **tap,
+                tap,
             )
 
     def end_to_end(

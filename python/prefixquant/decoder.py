@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prefixquant.block import BlockShape, PrefixKV, Tap, _no_tap, block_forward
+from prefixquant.block import BlockShape, PrefixKV, Tap, block_forward, no_tap
 from prefixquant.roles import (
     BlockWeights,
     block_weights,
@@ -120,7 +120,7 @@ class FloatDecoder:
         prefix: list[PrefixKV],
         *,
         batch: int = 4,
-        tap: Tap = _no_tap,
+        tap: Tap = no_tap,
     ) -> Iterator[tuple[int, Tensor]]:
         """Runs ids [n, T] through all blocks, all samples block by block.
 
