@@ -24,8 +24,10 @@ float norm_of(const RowHadamardParams& p) {
   return static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.block_size)));
 }
 
-HadamardRowArgs row_args(const RowHadamardParams& p) {
-  HadamardRowArgs a{};
+// What the arguments of all kernels begin with; the rest is zero.
+template <typename Args>
+Args begin_args(const RowHadamardParams& p) {
+  Args a{};
   a.x = static_cast<const uint16_t*>(p.x);
   a.up = static_cast<const uint16_t*>(p.up);
   a.x_stride = p.x_stride;
@@ -45,7 +47,7 @@ HadamardRowArgs row_args(const RowHadamardParams& p) {
 }
 
 HadamardArgs make_args(const RowHadamardParams& p, const HadamardConfig& config) {
-  HadamardArgs a{row_args(p)};
+  HadamardArgs a = begin_args<HadamardArgs>(p);
   a.cols = static_cast<int>(p.cols);
   const int64_t pow2 = p.block_size / p.k;
   a.segment = static_cast<int>(pow2 < kMaxSegment ? pow2 : kMaxSegment);
@@ -148,7 +150,7 @@ HadamardMmaKernel wgmma_kernel(int steps, int pow2, bool swiglu) {
 
 void launch_mma(const RowHadamardParams& p, const HadamardConfig& config, int arch,
                 cudaStream_t stream) {
-  HadamardMmaArgs a{row_args(p)};
+  HadamardMmaArgs a = begin_args<HadamardMmaArgs>(p);
   a.k = static_cast<int>(p.k);
   a.blocks = p.rows * (p.cols / p.block_size);
   const int pow2 = a.block_size / a.k, tiles = (a.k + 15) / 16;
@@ -194,7 +196,7 @@ HadamardClusterKernel cluster_kernel(const RowHadamardParams& p) {
 
 void launch_cluster(const RowHadamardParams& p, const HadamardConfig& config, int arch,
                     cudaStream_t stream) {
-  HadamardClusterArgs a{row_args(p)};
+  HadamardClusterArgs a = begin_args<HadamardClusterArgs>(p);
   a.k = static_cast<int>(p.k);
   a.pow2 = a.block_size / a.k;
   const int width = std::min(a.pow2, kHadamardTile);
