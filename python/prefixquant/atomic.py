@@ -57,10 +57,16 @@ def place_file(partial: Path, path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Forces a file or a folder to the disk: a rename that follows must not overtake it."""
+    """Forces a file or a folder to the disk: a rename that follows must not overtake it.
+
+    Some network file systems cannot flush a folder; there a rename lasts as well as they see to it.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError:
+        if not path.is_dir():
+            raise
     finally:
         os.close(handle)
 
@@ -83,14 +89,6 @@ def _take_name(partial: Path, path: Path) -> None:
         if replaced is not None:
             os.rename(replaced, path)
         raise
-    _flush_parent(path)
+    _flush(path.parent)
     if replaced is not None:
         shutil.rmtree(replaced)
-
-
-def _flush_parent(path: Path) -> None:
-    handle = os.open(path.parent, os.O_RDONLY)
-    # Some network file systems cannot flush a folder; the rename has happened all the same.
-    with contextlib.suppress(OSError):
-        os.fsync(handle)
-    os.close(handle)
