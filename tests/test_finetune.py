@@ -336,7 +336,7 @@ def test_a_disk_store_reads_what_was_written(tmp_path):
     store = ActivationStore((5, 3, 2), torch.device("cpu"), "disk", torch.bfloat16, tmp_path)
     values = torch.arange(30).view(5, 3, 2).float()
     store.write(slice(0, 5), values)
-    store.advance(lambda x: x + 1, batch=2)
+    store.advance(lambda rows, x: x + 1)
     assert torch.equal(store.read(torch.tensor([4, 0])), values[[4, 0]] + 1)
 
 

@@ -3,13 +3,20 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 PLACES = ("auto", "device", "host", "disk")
+_FORWARD_BATCH = 4  # samples at once where nothing is trained
+
+
+def batches(first: int, last: int, size: int = _FORWARD_BATCH) -> Iterator[slice]:
+    """The samples first .. last - 1, ``size`` at a time."""
+    for start in range(first, last, size):
+        yield slice(start, min(start + size, last))
 
 
 class ActivationStore:
@@ -52,11 +59,11 @@ class ActivationStore:
     def write(self, rows: slice, values: Tensor) -> None:
         self.values[rows] = values.to(self.values.device, self.values.dtype)
 
-    def advance(self, forward: Callable[[Tensor], Tensor], batch: int) -> None:
-        """Replaces every sample by ``forward`` of it."""
-        for start in range(0, len(self), batch):
-            rows = slice(start, start + batch)
-            self.write(rows, forward(self.read(rows)))
+    def advance(self, forward: Callable[[slice, Tensor], Tensor], last: int | None = None) -> None:
+        """Replaces the samples, all or those before ``last``, by ``forward`` of their rows and
+        values, a batch at a time."""
+        for rows in batches(0, len(self) if last is None else last):
+            self.write(rows, forward(rows, self.read(rows)))
 
 
 def choose_place(place: str, needed_bytes: int, device: torch.device) -> str:

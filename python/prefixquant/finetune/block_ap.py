@@ -18,12 +18,11 @@ from prefixquant.calibrate import CalibratedBlock
 from prefixquant.config import FinetuneConfig
 from prefixquant.counted import Counted
 from prefixquant.decoder import FloatDecoder
-from prefixquant.finetune.activations import ActivationStore, choose_place
+from prefixquant.finetune.activations import ActivationStore, batches, choose_place
 from prefixquant.finetune.learned import Learned, LearnedBlock
 from prefixquant.finetune.training import Schedule, Stepper, Task, train, training_mode
 from prefixquant.roles import BlockWeights
 
-_FORWARD_BATCH = 4  # samples at once where nothing is trained
 # A captured step holds about this many times a block's float32 weights: latents, gradients, two
 # moments, fake-quantized copies (Llama-3-70B's block: 30 GiB for 3.2 GiB). Over this share of the
 # device's memory it is given back after every block, for the next block's calibration.
@@ -61,8 +60,7 @@ class BlockTuner:
         self.quantized = (
             ActivationStore(shape, self.device, place, folder=config.folder) if quantized else None
         )
-        for start in range(0, len(samples), _FORWARD_BATCH):
-            rows = slice(start, start + _FORWARD_BATCH)
+        for rows in batches(0, len(samples)):
             embedded = decoder.embed(samples[rows])
             for store in self._stores():
                 store.write(rows, embedded)
@@ -77,19 +75,18 @@ class BlockTuner:
 
     def advance_float(self, block: BlockWeights, prefix: PrefixKV) -> None:
         """Takes the float stream through the float block."""
-        for start in range(0, len(self.floating), _FORWARD_BATCH):
-            rows = slice(start, start + _FORWARD_BATCH)
-            x, tap = self.floating.read(rows), self.counted.tap(rows)
-            x = block_forward(block, self.shape, x, self.rope, prefix, tap=tap)
-            self.floating.write(rows, x)
+        self.floating.advance(
+            lambda rows, x: block_forward(
+                block, self.shape, x, self.rope, prefix, tap=self.counted.tap(rows)
+            )
+        )
 
     def advance_quantized(self, block: CalibratedBlock, prefix: PrefixKV) -> None:
         """Takes the quantized stream through the finished block."""
         self.quantized.advance(
-            lambda x: block_forward(
+            lambda rows, x: block_forward(
                 block.simulated, self.shape, x, self.rope, prefix, block.scales
-            ),
-            _FORWARD_BATCH,
+            )
         )
 
     def tune(
@@ -179,9 +176,7 @@ class BlockTuner:
     @torch.no_grad()
     def _validate(self) -> float:
         total = torch.zeros((), device=self.device)
-        held_out = range(self.trained, len(self.floating), _FORWARD_BATCH)
-        for first in held_out:
-            rows = slice(first, first + _FORWARD_BATCH)
+        for rows in batches(self.trained, len(self.floating)):
             x = self.quantized.read(rows)
             weight = self.counted.mask[rows].float()
             total += self._error(x, self.floating.read(rows), weight) * len(x)

@@ -8,8 +8,9 @@ rounding.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from prefixquant.block import PrefixKV, block_forward
 from prefixquant.config import FinetuneConfig
 from prefixquant.decoder import FloatDecoder
-from prefixquant.finetune.activations import ActivationStore
+from prefixquant.finetune.activations import ActivationStore, batches
 from prefixquant.finetune.learned import LearnedBlock
 from prefixquant.finetune.training import Schedule, Stepper, Task, train, training_mode
+from prefixquant.roles import BlockWeights
 
 _LOGIT_ROWS = 2048  # rows of logits at once: [2048, 128256] in float32 are 1 GB
 
@@ -73,11 +75,6 @@ class Teacher:
     prefix: list[PrefixKV]  # its K/V in every block
 
 
-def _batches(count: int, size: int = 4) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
-
-
 class EndToEnd:
     """All blocks at once, on the same device.
 
@@ -106,7 +103,7 @@ class EndToEnd:
             teacher.hidden.place,
             folder=config.folder,
         )
-        for rows in _batches(len(samples)):
+        for rows in batches(0, len(samples)):
             self.embedded.write(rows, decoder.embed(samples[rows]))
         self.trained = len(samples) - config.validation_samples
 
@@ -156,16 +153,20 @@ class EndToEnd:
         """Makes these the training samples: their embeddings and the teacher's stream."""
         teacher = self.teacher
         with torch.autocast(self.device.type, enabled=False):
-            for rows in _batches(len(samples)):
+            for rows in batches(0, len(samples)):
                 x = self.decoder.embed(samples[rows])
                 self.embedded.write(rows, x)
                 teacher.hidden.write(rows, x)
             for index in range(len(self.blocks)):
                 block, prefix = self.decoder.block(index), teacher.prefix[index]
-                for rows in _batches(len(samples)):
-                    x = teacher.hidden.read(rows)
-                    x = block_forward(block, self.shape, x, self.rope, prefix)
-                    teacher.hidden.write(rows, x)
+                teacher.hidden.advance(
+                    partial(self._float_forward, block, prefix), last=len(samples)
+                )
+
+    def _float_forward(
+        self, block: BlockWeights, prefix: PrefixKV, rows: slice, x: Tensor
+    ) -> Tensor:
+        return block_forward(block, self.shape, x, self.rope, prefix)
 
     def _groups(self) -> list[dict]:
         """The groups of all blocks, those of one rate together."""
@@ -210,8 +211,7 @@ class EndToEnd:
     @torch.no_grad()
     def _validate(self) -> float:
         total = 0.0
-        for first in range(self.trained, len(self.embedded), 4):
-            rows = slice(first, first + 4)
+        for rows in batches(self.trained, len(self.embedded)):
             x = self.embedded.read(rows)
             total += self._divergence(x, self.teacher.hidden.read(rows)).item() * len(x)
         return total / self.config.validation_samples
