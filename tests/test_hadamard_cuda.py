@@ -124,6 +124,20 @@ def test_model_sizes(size, rows):
         check_swiglu(gate, up, signs, size, 4)
 
 
+@pytest.mark.parametrize(
+    ("size", "rows", "blocks"),
+    [(28672, 530, 1), (28672, 140, 2), (36864, 270, 1), (53248, 40, 1), (61440, 30, 1)],
+)
+def test_long_blocks_of_many_rows(size, rows, blocks):
+    """Two CTAs share a block, and take several one after the other."""
+    x = outlier_rows(rows, blocks * size, torch.bfloat16, factor=10.0)
+    x[3, 5] = torch.nan
+    signs = signs_of(size)
+    check(x, signs, size)
+    check(x, -signs, size)  # sums that are not compiled
+    check_swiglu(x, x.flip(0), signs, size, 4)
+
+
 @pytest.mark.parametrize("k", SIGN_SIZES)
 @pytest.mark.parametrize("pow2", [1, 2, 4, 8, 16, 64, 128])
 def test_sign_matrices(k, pow2):

@@ -101,7 +101,10 @@ inline std::vector<HadamardConfig> configs_of(const RowHadamardParams& p) {
   const bool vectors = hadamard_vectors(p);
   std::vector<HadamardConfig> configs = {
       choose_hadamard_config(p, vectors, device), hadamard_sums_config(p, vectors, device),
-      hadamard_mma_config(p, vectors, device), hadamard_wgmma_config(p, vectors, device)};
+      hadamard_pair_config(p, vectors, device), hadamard_mma_config(p, vectors, device),
+      hadamard_wgmma_config(p, vectors, device)};
+  configs.push_back(hadamard_pair_config(p, vectors, device));
+  configs.back().grid = std::min<int64_t>(2, configs.back().grid);  // one pair takes all blocks
   for (const int cluster : {1, 2, 4, 8, 16}) {
     configs.push_back(hadamard_cluster_config(p, vectors, device, cluster));
     if (hadamard_sums_are_integers(p.k)) continue;
@@ -116,8 +119,10 @@ inline std::vector<HadamardConfig> configs_of(const RowHadamardParams& p) {
 }
 
 inline std::string text_of(const HadamardConfig& config) {
-  static const char* const kNames[] = {"registers", "sums", "mma", "wgmma", "cluster", "generic"};
+  static const char* const kNames[] = {"registers", "sums",    "pair",   "mma",
+                                       "wgmma",     "cluster", "generic"};
   const bool shared = config.kernel == HadamardKernel::kCluster;
+  if (config.kernel == HadamardKernel::kPair) return "pair of " + std::to_string(config.grid);
   return kNames[static_cast<int>(config.kernel)] +
          (shared ? "/" + std::to_string(config.cluster) + " x " + std::to_string(config.threads)
                  : "");

@@ -8,6 +8,7 @@
 #include "prefixquant/hadamard_cluster_mma.cuh"
 #include "prefixquant/hadamard_generic.cuh"
 #include "prefixquant/hadamard_mma.cuh"
+#include "prefixquant/hadamard_pair.cuh"
 #include "prefixquant/hadamard_registers.cuh"
 #include "prefixquant/launch.h"
 
@@ -51,7 +52,8 @@ HadamardArgs make_args(const RowHadamardParams& p, const HadamardConfig& config)
   a.cols = static_cast<int>(p.cols);
   const int64_t pow2 = p.block_size / p.k;
   a.segment = static_cast<int>(pow2 < kMaxSegment ? pow2 : kMaxSegment);
-  a.log2_segment = log2_of(a.segment);
+  a.columns = a.segment / config.cluster;
+  a.log2_columns = log2_of(a.columns);
   a.group = config.group;
   a.blocks = p.rows * (p.cols / p.block_size);
   a.vectors_per_block =
@@ -76,16 +78,18 @@ void launch_registers(const RowHadamardParams& p, const HadamardConfig& config, 
 }
 
 template <int kIndex = 0>
-HadamardSumsKernel sign_sums_kernel(int64_t k) {
+HadamardSumsKernel sign_sums_kernel(int64_t k, bool pair) {
   constexpr int kCount = sizeof(kHadamardSums) / sizeof(kHadamardSums[0]);
   if constexpr (kIndex < kCount) {
     constexpr HadamardSums kSums = kHadamardSums[kIndex];
     if constexpr (kSums.k > 1) {
       if (k == kSums.k) {
-        return hadamard_sums_instance<SignSums<kSums.k, kSums.columns>, kSums.ctas_per_sm>();
+        using Sums = SignSums<kSums.k, kSums.columns>;
+        return pair ? hadamard_pair_instance<Sums, kSums.ctas_per_sm>()
+                    : hadamard_sums_instance<Sums, kSums.ctas_per_sm>();
       }
     }
-    return sign_sums_kernel<kIndex + 1>(k);
+    return sign_sums_kernel<kIndex + 1>(k, pair);
   }
   return nullptr;
 }
@@ -123,7 +127,8 @@ void launch_sums(const RowHadamardParams& p, const HadamardConfig& config, int a
                  cudaStream_t stream) {
   const HadamardArgs a = make_args(p, config);
   const HadamardSumsKernel kernel =
-      p.k > 1 ? sign_sums_kernel(p.k) : butterflies_kernel(p.block_size / a.segment);
+      p.k > 1 ? sign_sums_kernel(p.k, config.kernel == HadamardKernel::kPair)
+              : butterflies_kernel(p.block_size / a.segment);
   PQ_REQUIRE(kernel, "hadamard: no kernel is compiled for block_size " << p.block_size);
   launch_dependent(kernel, shape_of(config), arch, stream, a);
 }
@@ -272,6 +277,7 @@ void launch_hadamard(const RowHadamardParams& p, const HadamardConfig& config,
     case HadamardKernel::kRegisters:
       return launch_registers(p, config, arch, stream);
     case HadamardKernel::kSums:
+    case HadamardKernel::kPair:
       return launch_sums(p, config, arch, stream);
     case HadamardKernel::kMma:
     case HadamardKernel::kWgmma:

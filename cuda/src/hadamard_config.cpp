@@ -14,9 +14,11 @@ constexpr int64_t kTile = 256;        // of hadamard_cluster.cuh
 constexpr int64_t kMaxInputs = 32;    // Butterflies<F>
 constexpr int64_t kThreads = 256;     // of a CTA
 constexpr int64_t kStaticSmem = 512;  // an upper bound of what the kernels have besides
+constexpr int64_t kPairStaticSmem = 16;
 constexpr int64_t kMmaStaticSmem = 1024;
-constexpr int64_t kReservedSmem = 1024;  // of every CTA, by the system
-constexpr int64_t kManyElements = 1024;  // of a CTA: above, a cluster of 8 becomes 16
+constexpr int64_t kReservedSmem = 1024;   // of every CTA, by the system
+constexpr int64_t kPairElements = 24576;  // of a block: below, kPair gains nothing or little
+constexpr int64_t kManyElements = 1024;   // of a CTA: above, a cluster of 8 becomes 16
 
 // Where every configuration begins.
 HadamardConfig impossible(HadamardKernel kernel) {
@@ -69,6 +71,15 @@ bool is_few(const RowHadamardParams& p, const HadamardConfig& config,
   const int64_t few = int64_t{1000} * few_thousands(p.k) * device.sm_count / 132;
   const int64_t by_threads = 1024 / config.threads;
   return p.rows * p.cols <= few && config.grid <= std::min(by_smem, by_threads) * device.sm_count;
+}
+
+// Whether kPair is faster than kSums, which holds one or two such blocks an SM: 16384 x 28672 in
+// 1018 instead of 1080 us, 36864 in 1417 instead of 1545. Where kSums needs one wave, only for the
+// longest (256 x 28672: 23.0 and 20.9 us, 256 x 53248: 42.4 and 47.2).
+bool is_for_pairs(const RowHadamardParams& p, const HadamardDevice& device) {
+  const int64_t blocks = p.rows * (p.cols / p.block_size);
+  return p.block_size >= kPairElements &&
+         (blocks > 2 * device.sm_count || p.block_size >= 2 * kPairElements);
 }
 
 template <int kIndex = 0>
@@ -140,6 +151,27 @@ HadamardConfig hadamard_sums_config(const RowHadamardParams& p, bool vectors,
   if (ctas < 3 || groups <= 2 * device.sm_count) {
     config.threads = hadamard_sums_threads(sums->ctas_per_sm);
   }
+  return config;
+}
+
+HadamardConfig hadamard_pair_config(const RowHadamardParams& p, bool vectors,
+                                    const HadamardDevice& device) {
+  HadamardConfig config = impossible(HadamardKernel::kPair);
+  const int64_t block = p.block_size, segment = block / p.k;
+  const int64_t blocks = p.rows * (p.cols / block);
+  const HadamardSums* sums = find_hadamard_sums(p.k);
+  if (!vectors || p.dtype == RowDtype::kFloat32 || !sums || p.k == 1 || device.max_cluster < 2 ||
+      (segment != 512 && segment != 1024) || p.scaling == RowScale::kDynamic) {
+    return config;
+  }
+  config.cluster = 2;
+  config.threads = kThreads;
+  config.smem_bytes = block / 2 * 4;
+  const int64_t smem = config.smem_bytes + kPairStaticSmem;
+  if (smem > device.smem_limit) return config;
+  const int64_t by_smem = (device.smem_limit + kReservedSmem) / (smem + kReservedSmem);
+  const int64_t ctas = std::min<int64_t>(by_smem, sums->ctas_per_sm);
+  config.grid = 2 * std::min(blocks, ctas * device.sm_count / 2);
   return config;
 }
 
@@ -260,6 +292,8 @@ HadamardConfig choose_hadamard_config(const RowHadamardParams& p, bool vectors,
   if (config.grid > 0) return config;
   config = hadamard_cluster_config(p, vectors, device, choose_cluster(p, device));
   HadamardConfig sums = hadamard_sums_config(p, vectors, device);
+  const HadamardConfig pair = hadamard_pair_config(p, vectors, device);
+  if (pair.grid > 0 && (sums.grid == 0 || is_for_pairs(p, device))) sums = pair;
   if (hadamard_sums_are_integers(p.k)) {
     // One wave of 64 columns: 256 x 11008 takes 14.0 us with kMma, 15.9 with kWgmma.
     const bool one_wave =

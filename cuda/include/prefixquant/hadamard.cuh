@@ -34,9 +34,9 @@ struct ColumnStorage {
   uint32_t vectors;   // of 8 floats, rounded up to 8
   uint32_t half_xor;  // 4: second halves are shifted; 0 where a segment is too short for it
 
-  __device__ __forceinline__ explicit ColumnStorage(const HadamardArgs& p) {
-    vectors = (p.group * p.block_size / 8 + 7) / 8 * 8;
-    half_xor = p.log2_segment >= 6 ? 4 : 0;
+  __device__ __forceinline__ ColumnStorage(int elements, int log2_columns) {
+    vectors = (elements / 8 + 7) / 8 * 8;
+    half_xor = log2_columns >= 6 ? 4 : 0;
   }
   // Index in column_smem() of the first (0) or second (1) half of a vector.
   __device__ __forceinline__ uint32_t half(uint32_t vector, uint32_t which) const {
@@ -102,7 +102,7 @@ __device__ __forceinline__ void transform_segments(const HadamardArgs& p,
     }
     float v[kVectors][8];
     raw.values(p.is_bfloat16, v);
-    transform_tile<kWhole>(v, p.segment, lane);
+    transform_tile<kWhole>(v, p.columns, lane);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const uint32_t flat = tile + 32 * i + lane;
@@ -115,32 +115,32 @@ template <bool kSwiglu>
 __device__ __forceinline__ void transform_segments(const HadamardArgs& p,
                                                    const ColumnStorage& storage,
                                                    const GroupOrigin& origin, uint32_t blocks) {
-  if (p.segment == 1024) {
+  if (p.columns == 1024) {
     transform_segments<kSwiglu, 4, true>(p, storage, origin, blocks);
-  } else if (p.segment == 512) {
+  } else if (p.columns == 512) {
     transform_segments<kSwiglu, 2, true>(p, storage, origin, blocks);
   } else {
     transform_segments<kSwiglu, 2, false>(p, storage, origin, blocks);
   }
 }
 
-// Asks for the inputs of a group's blocks in the L2 cache; one lane a block.
-__device__ __forceinline__ void prefetch_group(const HadamardArgs& p, int64_t first) {
+// Asks for `bytes`, a multiple of 16, in the L2 cache; one thread.
+__device__ __forceinline__ void prefetch_l2(const uint16_t* from, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+// The inputs of a group's blocks; one lane a block.
+__device__ __forceinline__ void prefetch_group(const HadamardArgs& p, int64_t first) {
   const int64_t block = first + threadIdx.x;
   if (threadIdx.x >= p.group || block >= p.blocks) return;
   const int64_t row = block / p.blocks_per_row.divisor;
   const int64_t column = block % p.blocks_per_row.divisor * p.block_size;
   const uint32_t bytes = 2 * p.block_size;
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.x + row * p.x_stride + column),
-               "r"(bytes)
-               : "memory");
+  prefetch_l2(p.x + row * p.x_stride + column, bytes);
   if (!p.up) return;
-  asm volatile(
-      "cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.up + row * p.up_stride + column),
-      "r"(bytes)
-      : "memory");
-#endif
+  prefetch_l2(p.up + row * p.up_stride + column, bytes);
 }
 
 // ---- second half: columns ----
@@ -187,12 +187,13 @@ __device__ __forceinline__ void advance(uint32_t& offset, uint32_t step) {
   asm("" : "+r"(offset));
 }
 
-// Writes the columns' results, rounded; `at` is where output 0 goes, from `out` on.
-template <int kColumns, int kOutputs>
+// Writes the columns' results, rounded; `at` is where output 0 goes, from `out` on. kShare: CTAs
+// that share a segment.
+template <int kShare, int kColumns, int kOutputs>
 __device__ __forceinline__ void store_rounded(const float (&y)[kColumns][kOutputs],
                                               const HadamardArgs& p, uint16_t* out, uint32_t at) {
 #pragma unroll
-  for (int i = 0; i < kOutputs; ++i, advance(at, p.segment)) {
+  for (int i = 0; i < kOutputs; ++i, advance(at, kShare * p.columns)) {
     const float second = y[kColumns - 1][i];
     const uint32_t pair = p.is_bfloat16 ? pack_pair(y[0][i], second, __nv_bfloat16{})
                                         : pack_pair(y[0][i], second, __half{});
@@ -205,7 +206,7 @@ __device__ __forceinline__ void store_rounded(const float (&y)[kColumns][kOutput
 }
 
 // The same, quantized. NaNs, which are rare, are looked for once for four levels.
-template <int kColumns, int kOutputs>
+template <int kShare, int kColumns, int kOutputs>
 __device__ __forceinline__ void store_levels(const float (&y)[kColumns][kOutputs],
                                              const HadamardArgs& p, const Quantizer& quantizer,
                                              int8_t* out, uint32_t at) {
@@ -230,7 +231,7 @@ __device__ __forceinline__ void store_levels(const float (&y)[kColumns][kOutputs
       }
     }
 #pragma unroll
-    for (int i = 0; i < kStep && first + i < kOutputs; ++i, advance(at, p.segment)) {
+    for (int i = 0; i < kStep && first + i < kOutputs; ++i, advance(at, kShare * p.columns)) {
       if constexpr (kColumns == 2) {
         *reinterpret_cast<uint16_t*>(out + at) =
             static_cast<uint16_t>(__byte_perm(t[i][0], t[i][1], 0x0040));
@@ -271,20 +272,20 @@ __device__ void sum_with_given_signs(float (&acc)[Sums::kColumns][Sums::kOutputs
 }
 
 // All columns of this thread's warps; `largest` collects the magnitudes where `maximum`, otherwise
-// the results are stored.
-template <typename Sums>
+// the results are stored. The CTA is number `rank` of the kShare that share a segment.
+template <typename Sums, int kShare = 1>
 __device__ __forceinline__ void finish_columns(const HadamardArgs& p, const ColumnStorage& storage,
                                                int64_t first_block, uint32_t blocks,
                                                const Quantizer& quantizer, bool compiled_signs,
-                                               bool maximum, uint32_t& largest) {
+                                               bool maximum, uint32_t& largest, uint32_t rank = 0) {
   constexpr int kColumns = Sums::kColumns;
   const uint32_t step = blockDim.x * kColumns;
-  const uint32_t columns = blocks << p.log2_segment, width = p.segment;
+  const uint32_t columns = blocks << p.log2_columns, width = p.columns;
   const int64_t first_element = first_block * p.block_size;
   for (uint32_t c = threadIdx.x * kColumns; c < columns; c += step) {
-    const uint32_t u = c >> p.log2_segment, column = c & (width - 1);
-    const uint32_t first = ((u * Sums::kInputs) << p.log2_segment) + column;
-    // Where half_xor is not 0, a segment is a multiple of 8 vectors and steps keep the shift.
+    const uint32_t u = c >> p.log2_columns, column = c & (width - 1);
+    const uint32_t first = ((u * Sums::kInputs) << p.log2_columns) + column;
+    // Where half_xor is not 0, the columns are a multiple of 8 vectors and steps keep the shift.
     const uint32_t start = 4 * storage.half(first / 8, first / 4 % 2) + first % 4;
     uint32_t from = start;
     auto load = [&](int n, float (&x)[kColumns]) {
@@ -313,7 +314,7 @@ __device__ __forceinline__ void finish_columns(const HadamardArgs& p, const Colu
         y[k][i] = Sums::K > 1 ? __fmaf_rn(y[k][i], p.norm, 0.0f) : __fmul_rn(y[k][i], p.norm);
       }
     }
-    const uint32_t at = u * p.block_size + column;
+    const uint32_t at = u * p.block_size + rank * width + column;
     if (maximum) {
 #pragma unroll
       for (int i = 0; i < Sums::kOutputs; ++i) {
@@ -321,9 +322,9 @@ __device__ __forceinline__ void finish_columns(const HadamardArgs& p, const Colu
         for (int k = 0; k < kColumns; ++k) largest = max(largest, magnitude_bits(y[k][i]));
       }
     } else if (p.scaling == RowScale::kNone) {
-      store_rounded(y, p, static_cast<uint16_t*>(p.out) + first_element, at);
+      store_rounded<kShare>(y, p, static_cast<uint16_t*>(p.out) + first_element, at);
     } else {
-      store_levels(y, p, quantizer, static_cast<int8_t*>(p.out) + first_element, at);
+      store_levels<kShare>(y, p, quantizer, static_cast<int8_t*>(p.out) + first_element, at);
     }
   }
 }
@@ -333,7 +334,7 @@ __global__ void __launch_bounds__(hadamard_sums_threads(kCtasPerSm),
                                   kCtasPerSm* kHadamardThreads / hadamard_sums_threads(kCtasPerSm))
     hadamard_sums_kernel(const HadamardArgs p) {
   __shared__ uint32_t maxima[32];
-  const ColumnStorage storage(p);
+  const ColumnStorage storage(p.group * p.block_size, p.log2_columns);
   grid_dependency_launch();
   const bool compiled_signs = signs_match<Sums::K>(p.signs);
   grid_dependency_wait();

@@ -57,6 +57,7 @@ constexpr bool hadamard_sums_are_integers(int64_t k) { return k > 60 && k < 512;
 enum class HadamardKernel : int {
   kRegisters,  // k = 1, pow2 <= 1024: a warp transforms whole blocks in registers
   kSums,       // any compiled k, or k = 1 and pow2 > 1024: blocks meet in shared memory once
+  kPair,       // kSums for longer blocks on sm_90: two CTAs share a block
   kMma,        // 64 < k <= 192, pow2 of 64 to 256: integers on the tensor cores
   kWgmma,      // the same for sm_90, 96 < k, pow2 of 64 and 128
   kCluster,    // any k: CTAs share a block, signs are data; few rows, and other sign matrices
@@ -143,6 +144,8 @@ bool compiled_hadamard_signs(int64_t k, int8_t* signs);
 // The configuration of one kernel, grid 0 where it cannot. `vectors` as below.
 HadamardConfig hadamard_registers_config(const RowHadamardParams& params, bool vectors);
 HadamardConfig hadamard_sums_config(const RowHadamardParams& params, bool vectors,
+                                    const HadamardDevice& device);
+HadamardConfig hadamard_pair_config(const RowHadamardParams& params, bool vectors,
                                     const HadamardDevice& device);
 HadamardConfig hadamard_mma_config(const RowHadamardParams& params, bool vectors,
                                    const HadamardDevice& device);

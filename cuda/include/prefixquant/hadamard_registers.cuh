@@ -19,11 +19,12 @@ inline constexpr int kHadamardThreads = 256;
 
 struct HadamardArgs : HadamardRowArgs {
   int cols;
-  int segment;
-  int log2_segment;
+  int columns;  // of a segment that a CTA has: all, or half where two share a block
+  int log2_columns;
   int group;
   int64_t blocks;                 // of all rows
   FastDivisor vectors_per_block;  // block_size / 8
+  int segment;  // NOTES: before `blocks` it makes ptxas spill 96 bytes in hadamard_sums_kernel
 };
 
 // k = 1, pow2 <= 1024, no dynamic scale. Any cols that 8 divides; tiles do not cross rows.

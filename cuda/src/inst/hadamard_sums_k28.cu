@@ -3,4 +3,5 @@
 
 namespace prefixquant {
 template HadamardSumsKernel hadamard_sums_instance<SignSums<28, 2>, 3>();
+template HadamardSumsKernel hadamard_pair_instance<SignSums<28, 2>, 3>();
 }  // namespace prefixquant

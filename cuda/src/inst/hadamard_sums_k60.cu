@@ -3,4 +3,5 @@
 
 namespace prefixquant {
 template HadamardSumsKernel hadamard_sums_instance<SignSums<60, 1>, 2>();
+template HadamardSumsKernel hadamard_pair_instance<SignSums<60, 1>, 2>();
 }  // namespace prefixquant
