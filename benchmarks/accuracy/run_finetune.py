@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from prefixquant import progress as progress_module
+from prefixquant.balance_measure import balanced_decoder
 from prefixquant.block import PrefixKV
 from prefixquant.block_pipeline import BlockPipeline, FinishedBlock, Samples
 from prefixquant.config import FinetuneConfig, RecipeConfig, Scheme
@@ -75,6 +76,7 @@ class Run:
             solver=arguments.solver,
             search_samples=arguments.search_samples,
             search_seqlen=arguments.train_seqlen,
+            balance=arguments.balance,
             finetune=tuning,
         )
 
@@ -95,6 +97,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train-seqlen", type=int, default=defaults.seqlen)
     parser.add_argument("--search-samples", type=int, default=RecipeConfig().search_samples)
     parser.add_argument("--solver", default=RecipeConfig().solver)
+    parser.add_argument(
+        "--balance", action=argparse.BooleanOptionalAction, default=RecipeConfig().balance
+    )
     parser.add_argument("--patience", type=int, default=defaults.patience)
     rates = ("weight_rate", "scale_rate", "e2e_weight_rate", "e2e_scale_rate", "e2e_prefix_rate")
     for name in rates:
@@ -135,15 +140,24 @@ class Measurement:
     def __init__(self, bench: Workbench, run: Run, arguments: argparse.Namespace):
         self.bench, self.run, self.phases = bench, run, arguments.phases
         self.recipe = run.recipe(arguments)
-        plan = plan_rotations(model_geometry(bench.model.config), seed=self.recipe.seed)
-        self.decoder = FloatDecoder(bench.model, plan, device=bench.device)
         self.ids = self._prefix_ids()
+        self.decoder = self._decoder()
 
     def _prefix_ids(self) -> tuple[int, ...]:
         search = self.bench.search
         if self.run.prefix == "paper":
             return paper_prefix(search.steps[0], search.bos)
         return {"verified": search.prefix, "bos": (search.bos,), "none": ()}[self.run.prefix]
+
+    def _decoder(self) -> FloatDecoder:
+        model, recipe = self.bench.model, self.recipe
+        plan = plan_rotations(model_geometry(model.config), seed=recipe.seed)
+        if not recipe.balance:
+            return FloatDecoder(model, plan, device=self.bench.device)
+        samples = Samples.draw(recipe, self.bench.calibration()).search
+        return balanced_decoder(
+            model, plan, samples, self.ids, recipe.eta, device=self.bench.device
+        )
 
     def _pipeline(self, recipe: RecipeConfig) -> BlockPipeline:
         samples = Samples.draw(recipe, self.bench.calibration())

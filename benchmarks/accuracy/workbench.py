@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from prefixquant import text as texts
+from prefixquant.balance_measure import balanced_decoder
 from prefixquant.block import BlockScales, PrefixKV, block_forward
 from prefixquant.calibrate import Streams, calibrate_block
 from prefixquant.config import COMPENSATION, RecipeConfig, Scheme
@@ -37,6 +38,7 @@ class Setting:
     scheme: str = "w4a4kv4"
     prefix: tuple[int, ...] | None = None  # None: the verified prefix
     rotate: bool = True
+    balance: bool = RecipeConfig().balance
     solver: str = RecipeConfig().solver
     compensation: float = COMPENSATION
     samples: int = RecipeConfig().search_samples
@@ -105,11 +107,15 @@ class Workbench:
     def quantize(self, setting: Setting) -> Simulated:
         decoder = self.decoder(setting)
         ids = self.search.prefix if setting.prefix is None else setting.prefix
-        prefix = decoder.prefix(ids)
         length = RecipeConfig().search_seqlen
         samples = sample_windows(
             self.calibration(setting.text), setting.samples, length, setting.seed
         )
+        if setting.rotate and setting.balance:
+            decoder = balanced_decoder(
+                self.model, decoder.plan, samples, ids, RecipeConfig().eta, device=self.device
+            )
+        prefix = decoder.prefix(ids)
         embedded = decoder.embed(samples)
         streams = Streams(embedded, embedded.clone())
         made = Simulated(decoder, [], [], prefix)

@@ -302,6 +302,7 @@ class RecipeConfig:
     search_seqlen: int = 1024
     r4_block_size: int = 0  # 0: the whole intermediate size
     rotate: bool = True
+    balance: bool = True  # even out channels before they are rotated (`prefixquant.balance`)
     seed: int = 0
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prefixquant.balance import BlockBalance, balance_block
 from prefixquant.block import BlockShape, PrefixKV, Tap, block_forward, no_tap
 from prefixquant.roles import (
     BlockWeights,
@@ -46,13 +47,23 @@ class FloatDecoder:
         plan: the rotations.
         dtype: the dtype of all computation and of the blocks handed out.
         device: where blocks are computed.
+        balance: of every block, applied before the rotations; None: the weights as they are.
     """
 
-    def __init__(self, model: nn.Module, plan: RotationPlan, *, dtype=torch.float32, device="cpu"):
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: RotationPlan,
+        *,
+        dtype=torch.float32,
+        device="cpu",
+        balance: list[BlockBalance] | None = None,
+    ):
         self.model = model
         self.plan = plan
         self.dtype = dtype
         self.device = torch.device(device)
+        self.balance = balance
         self.roles = model_roles(model.config)
         self.geometry = model_geometry(model.config)
         self.shape = BlockShape(self.geometry, plan.r3_size, plan.r4_size)
@@ -66,6 +77,8 @@ class FloatDecoder:
         wide = block_weights(self._blocks[index], self.roles).to(
             device=self.device, dtype=torch.float32
         )
+        if self.balance is not None:
+            wide = balance_block(wide, self.balance[index], self.geometry)
         return rotate_block(wide, self.plan).to(dtype=self.dtype)
 
     def embed(self, ids: Tensor) -> Tensor:

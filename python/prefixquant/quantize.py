@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixquant import __version__
+from prefixquant.balance_measure import balanced_decoder
 from prefixquant.block import PrefixKV
 from prefixquant.block_pipeline import BlockPipeline, Samples
 from prefixquant.calibrate import CalibratedBlock
@@ -46,10 +47,11 @@ def quantize(
 ) -> QuantizedModel:
     """Quantizes a causal LM to static ``recipe.scheme``; ``model`` is not changed.
 
-    Scan and prefix on ``nsamples`` windows of ``seqlen`` tokens, then block by block rotation,
-    scale search and integer weights on ``search_samples`` windows of ``search_seqlen``; then
-    fine-tuning, if ``recipe.finetune`` asks for it. Beside the model there is one block and its
-    activations in memory, and the quantized tensors; all blocks where they are trained end to end.
+    Scan and prefix on ``nsamples`` windows of ``seqlen`` tokens, then balance, and block by block
+    rotation, scale search and integer weights on ``search_samples`` windows of ``search_seqlen``;
+    then fine-tuning, if ``recipe.finetune`` asks for it. Beside the model there is one block and
+    its activations in memory, and the quantized tensors; all blocks where they are trained end to
+    end.
 
     Args:
         model: a transformers model of a supported family, on the device to work on, or on the
@@ -77,7 +79,15 @@ def quantize(
     seconds["prefix_search"] = time.monotonic() - start
 
     start = time.monotonic()
-    decoder = FloatDecoder(model, plan, device=device)
+    if recipe.rotate and recipe.balance:
+        decoder = balanced_decoder(
+            model, plan, samples.search, search.prefix, recipe.eta, device=device
+        )
+    else:
+        decoder = FloatDecoder(model, plan, device=device)
+    seconds["balance"] = time.monotonic() - start
+
+    start = time.monotonic()
     packer = _Packer(decoder, _storage_dtype(model), recipe)
     pipeline = BlockPipeline(decoder, recipe, decoder.prefix(search.prefix), samples, state)
     end_to_end = recipe.finetune.e2e_epochs

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The balance of a model's blocks (`prefixquant.balance`), measured on samples."""
+
+import torch
+from torch import Tensor, nn
+
+from prefixquant.balance import BlockBalance, balanced, balanced_heads
+from prefixquant.block import PrefixKV, block_forward
+from prefixquant.counted import Counted
+from prefixquant.decoder import FloatDecoder
+from prefixquant.roles import BlockWeights, Geometry
+from prefixquant.rotate import RotationPlan, plan_rotations
+
+SAMPLES = 8  # of those that calibration searches on: 8192 tokens give a channel's size
+
+
+@torch.no_grad()
+def balanced_decoder(
+    model: nn.Module,
+    plan: RotationPlan,
+    samples: Tensor,
+    prefix: tuple[int, ...],
+    eta: float,
+    *,
+    device: torch.device | str = "cpu",
+) -> FloatDecoder:
+    """The decoder of ``plan``, its blocks balanced on the first samples with the prefix in place.
+
+    Args:
+        samples: int64 [n, T].
+        eta: of the outlier scan: tokens that stand out do not count (`Counted`).
+    """
+    plain = FloatDecoder(model, plan_rotations(plan.geometry, rotate=False), device=device)
+    samples = samples[:SAMPLES]
+    counted = Counted(samples.shape, len(prefix), eta, plain.device)
+    balance = measure_balance(plain, samples, plain.prefix(prefix), counted)
+    return FloatDecoder(model, plan, device=device, balance=balance)
+
+
+def measure_balance(
+    decoder: FloatDecoder,
+    samples: Tensor,
+    prefix: list[PrefixKV],
+    counted: Counted,
+    *,
+    batch: int = 2,
+) -> list[BlockBalance]:
+    """The balance of every block on samples, with the prefix in place.
+
+    Args:
+        decoder: without rotations, and without a balance.
+        samples: int64 [n, T].
+        counted: the tokens that count.
+    """
+    x, rope = decoder.embed(samples), decoder.rope(samples.shape[1])
+    found = []
+    for index in range(len(decoder)):
+        block = decoder.block(index)
+        sums = _SquareSums()
+        for start in range(0, len(samples), batch):
+            rows = slice(start, start + batch)
+            look, seen = counted.tap(rows), {}
+
+            def tap(name: str, value: Tensor, look=look, seen=seen) -> None:
+                look(name, value)
+                seen[name] = value
+
+            x[rows] = block_forward(block, decoder.shape, x[rows], rope, prefix[index], tap=tap)
+            sums.add(seen, counted.mask[rows])
+        found.append(sums.balance(block, decoder.geometry))
+    return found
+
+
+class _SquareSums:
+    """Sums of squares over tokens: of o_proj's and down_proj's inputs by channel, of q and k by
+    head and channel."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, seen: dict[str, Tensor], mask: Tensor) -> None:
+        for name in ("q", "k", "o", "down"):
+            value = seen[name].transpose(1, 2) if name in "qk" else seen[name]  # [B, T, ...]
+            total = value[mask].double().square().sum(0)
+            self.sums[name] = self.sums.get(name, 0) + total
+
+    def balance(self, block: BlockWeights, geometry: Geometry) -> BlockBalance:
+        def by_kv_head(squares: Tensor) -> Tensor:  # of all query heads -> [H_kv, D]
+            return squares.view(geometry.kv_heads, -1, geometry.head_dim).sum(1)
+
+        columns = {role: block.weights[role].double().square().sum(0) for role in ("o", "down")}
+        q, k = by_kv_head(self.sums["q"]), self.sums["k"]
+        if block.k_norm is not None:  # one weight for all heads
+            q, k = (t.sum(0, keepdim=True).expand_as(t) for t in (q, k))
+        q, k = (t.unflatten(-1, (2, -1)).sum(-2) for t in (q, k))  # RoPE's pairs
+        pairs = balanced_heads(k, q)
+        return BlockBalance(
+            inner=balanced(self.sums["down"], columns["down"]).float(),
+            value=balanced(by_kv_head(self.sums["o"]), by_kv_head(columns["o"])).float(),
+            key=torch.cat((pairs, pairs), -1).float(),
+        )
