@@ -48,9 +48,6 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
     search_seqlen: Annotated[int, typer.Option(help="Tokens of such a window.")] = 1024,
     eta: Annotated[float, typer.Option(help="Outlier: abs-max above eta medians.")] = 64.0,
     r4_block_size: Annotated[int, typer.Option(help="Block of down_proj's Hadamard; 0: one.")] = 0,
-    balance: Annotated[
-        bool, typer.Option(help="Even out channels before they are rotated.")
-    ] = True,
     epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning each block.")] = 0,
     e2e_epochs: Annotated[int, typer.Option(help="Epochs of training all blocks together.")] = 0,
     train_samples: Annotated[
@@ -94,7 +91,6 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
         "search_samples": search_samples,
         "search_seqlen": search_seqlen,
         "r4_block_size": r4_block_size,
-        "balance": balance,
         "seed": seed,
     }
     finetune = {"epochs": epochs, "e2e_epochs": e2e_epochs, "samples": train_samples}
