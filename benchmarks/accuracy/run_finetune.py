@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from prefixquant import progress as progress_module
-from prefixquant.balance_measure import balanced_decoder
+from prefixquant.balance_measure import make_decoder
 from prefixquant.block import PrefixKV
 from prefixquant.block_pipeline import BlockPipeline, FinishedBlock, Samples
 from prefixquant.config import FinetuneConfig, RecipeConfig, Scheme
@@ -152,11 +152,15 @@ class Measurement:
     def _decoder(self) -> FloatDecoder:
         model, recipe = self.bench.model, self.recipe
         plan = plan_rotations(model_geometry(model.config), seed=recipe.seed)
-        if not recipe.balance:
-            return FloatDecoder(model, plan, device=self.bench.device)
         samples = Samples.draw(recipe, self.bench.calibration()).search
-        return balanced_decoder(
-            model, plan, samples, self.ids, recipe.eta, device=self.bench.device
+        return make_decoder(
+            model,
+            plan,
+            samples,
+            self.ids,
+            balance=recipe.balance,
+            eta=recipe.eta,
+            device=self.bench.device,
         )
 
     def _pipeline(self, recipe: RecipeConfig) -> BlockPipeline:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from prefixquant import text as texts
-from prefixquant.balance_measure import balanced_decoder
+from prefixquant.balance_measure import make_decoder
 from prefixquant.block import BlockScales, PrefixKV, block_forward
 from prefixquant.calibrate import Streams, calibrate_block
 from prefixquant.config import COMPENSATION, RecipeConfig, Scheme
@@ -105,16 +105,20 @@ class Workbench:
 
     @torch.no_grad()
     def quantize(self, setting: Setting) -> Simulated:
-        decoder = self.decoder(setting)
         ids = self.search.prefix if setting.prefix is None else setting.prefix
         length = RecipeConfig().search_seqlen
         samples = sample_windows(
             self.calibration(setting.text), setting.samples, length, setting.seed
         )
-        if setting.rotate and setting.balance:
-            decoder = balanced_decoder(
-                self.model, decoder.plan, samples, ids, RecipeConfig().eta, device=self.device
-            )
+        decoder = make_decoder(
+            self.model,
+            self.decoder(setting).plan,
+            samples,
+            ids,
+            balance=setting.balance,
+            eta=RecipeConfig().eta,
+            device=self.device,
+        )
         prefix = decoder.prefix(ids)
         embedded = decoder.embed(samples)
         streams = Streams(embedded, embedded.clone())

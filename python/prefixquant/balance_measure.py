@@ -15,26 +15,30 @@ SAMPLES = 8  # of those that calibration searches on: 8192 tokens give a channel
 
 
 @torch.no_grad()
-def balanced_decoder(
+def make_decoder(
     model: nn.Module,
     plan: RotationPlan,
     samples: Tensor,
     prefix: tuple[int, ...],
-    eta: float,
     *,
+    balance: bool,
+    eta: float,
     device: torch.device | str = "cpu",
 ) -> FloatDecoder:
-    """The decoder of ``plan``, its blocks balanced on the first samples with the prefix in place.
+    """The decoder of ``plan``; with ``balance`` and rotations, its blocks balanced on the first
+    samples with the prefix in place.
 
     Args:
         samples: int64 [n, T].
         eta: of the outlier scan: tokens that stand out do not count (`Counted`).
     """
+    if not (balance and plan.rotations.r4):
+        return FloatDecoder(model, plan, device=device)
     plain = FloatDecoder(model, plan_rotations(plan.geometry, rotate=False), device=device)
     samples = samples[:SAMPLES]
     counted = Counted(samples.shape, len(prefix), eta, plain.device)
-    balance = measure_balance(plain, samples, plain.prefix(prefix), counted)
-    return FloatDecoder(model, plan, device=device, balance=balance)
+    found = measure_balance(plain, samples, plain.prefix(prefix), counted)
+    return FloatDecoder(model, plan, device=device, balance=found)
 
 
 def measure_balance(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixquant import __version__
-from prefixquant.balance_measure import balanced_decoder
+from prefixquant.balance_measure import make_decoder
 from prefixquant.block import PrefixKV
 from prefixquant.block_pipeline import BlockPipeline, Samples
 from prefixquant.calibrate import CalibratedBlock
@@ -79,12 +79,15 @@ def quantize(
     seconds["prefix_search"] = time.monotonic() - start
 
     start = time.monotonic()
-    if recipe.rotate and recipe.balance:
-        decoder = balanced_decoder(
-            model, plan, samples.search, search.prefix, recipe.eta, device=device
-        )
-    else:
-        decoder = FloatDecoder(model, plan, device=device)
+    decoder = make_decoder(
+        model,
+        plan,
+        samples.search,
+        search.prefix,
+        balance=recipe.balance,
+        eta=recipe.eta,
+        device=device,
+    )
     seconds["balance"] = time.monotonic() - start
 
     start = time.monotonic()
