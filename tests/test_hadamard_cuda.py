@@ -138,6 +138,19 @@ def test_long_blocks_of_many_rows(size, rows, blocks):
     check_swiglu(x, x.flip(0), signs, size, 4)
 
 
+@pytest.mark.parametrize(
+    ("size", "rows"),
+    [(1536, 5000), (3072, 2300), (5120, 1700), (4864, 1700), (8960, 900), (9728, 900)]
+    + [(11008, 600), (13824, 560), (18944, 560), (27648, 300)],
+)
+def test_a_cta_that_takes_several_blocks(size, rows):
+    x = outlier_rows(rows, size, torch.bfloat16, factor=10.0)
+    x[3, 5] = torch.nan
+    signs = signs_of(size)
+    check(x, signs, size)
+    check_swiglu(x, x.flip(0), signs, size, 4)
+
+
 @pytest.mark.parametrize("k", SIGN_SIZES)
 @pytest.mark.parametrize("pow2", [1, 2, 4, 8, 16, 64, 128])
 def test_sign_matrices(k, pow2):
@@ -197,7 +210,7 @@ def test_sums_of_integers_at_the_edges(dtype, size, copies):
     )
 
 
-@pytest.mark.parametrize("k", [64, 84, 128, 132, 176, 192, 200])
+@pytest.mark.parametrize("k", [64, 80, 84, 112, 128, 132, 160, 176, 192, 200])
 @pytest.mark.parametrize("pow2", [8, 32, 64, 128, 256, 512])
 def test_any_signs_of_integer_sums(k, pow2):
     """Sizes of no Hadamard matrix: the kernels take any signs."""

@@ -78,7 +78,7 @@ void launch_registers(const RowHadamardParams& p, const HadamardConfig& config, 
 }
 
 template <int kIndex = 0>
-HadamardSumsKernel sign_sums_kernel(int64_t k, bool pair) {
+HadamardSumsKernel sign_sums_kernel(int64_t k, bool pair, bool swiglu, int columns) {
   constexpr int kCount = sizeof(kHadamardSums) / sizeof(kHadamardSums[0]);
   if constexpr (kIndex < kCount) {
     constexpr HadamardSums kSums = kHadamardSums[kIndex];
@@ -86,29 +86,30 @@ HadamardSumsKernel sign_sums_kernel(int64_t k, bool pair) {
       if (k == kSums.k) {
         using Sums = SignSums<kSums.k, kSums.columns>;
         return pair ? hadamard_pair_instance<Sums, kSums.ctas_per_sm>()
-                    : hadamard_sums_instance<Sums, kSums.ctas_per_sm>();
+                    : hadamard_sums_instance<Sums, kSums.ctas_per_sm, kSums.short_ctas>(swiglu,
+                                                                                        columns);
       }
     }
-    return sign_sums_kernel<kIndex + 1>(k, pair);
+    return sign_sums_kernel<kIndex + 1>(k, pair, swiglu, columns);
   }
   return nullptr;
 }
 
-HadamardSumsKernel butterflies_kernel(int64_t inputs) {
+HadamardSumsKernel butterflies_kernel(int64_t inputs, bool swiglu, int columns) {
   constexpr int kCtas = kHadamardSums[0].ctas_per_sm;
   switch (inputs) {
     case 1:
-      return hadamard_sums_instance<Butterflies<1>, kCtas>();
+      return hadamard_sums_instance<Butterflies<1>, kCtas, kCtas>(swiglu, columns);
     case 2:
-      return hadamard_sums_instance<Butterflies<2>, kCtas>();
+      return hadamard_sums_instance<Butterflies<2>, kCtas, kCtas>(swiglu, columns);
     case 4:
-      return hadamard_sums_instance<Butterflies<4>, kCtas>();
+      return hadamard_sums_instance<Butterflies<4>, kCtas, kCtas>(swiglu, columns);
     case 8:
-      return hadamard_sums_instance<Butterflies<8>, kCtas>();
+      return hadamard_sums_instance<Butterflies<8>, kCtas, kCtas>(swiglu, columns);
     case 16:
-      return hadamard_sums_instance<Butterflies<16>, kCtas>();
+      return hadamard_sums_instance<Butterflies<16>, kCtas, kCtas>(swiglu, columns);
     case 32:
-      return hadamard_sums_instance<Butterflies<32>, kCtas>();
+      return hadamard_sums_instance<Butterflies<32>, kCtas, kCtas>(swiglu, columns);
     default:
       return nullptr;
   }
@@ -127,8 +128,8 @@ void launch_sums(const RowHadamardParams& p, const HadamardConfig& config, int a
                  cudaStream_t stream) {
   const HadamardArgs a = make_args(p, config);
   const HadamardSumsKernel kernel =
-      p.k > 1 ? sign_sums_kernel(p.k, config.kernel == HadamardKernel::kPair)
-              : butterflies_kernel(p.block_size / a.segment);
+      p.k > 1 ? sign_sums_kernel(p.k, config.kernel == HadamardKernel::kPair, p.up, a.columns)
+              : butterflies_kernel(p.block_size / a.segment, p.up, a.columns);
   PQ_REQUIRE(kernel, "hadamard: no kernel is compiled for block_size " << p.block_size);
   launch_dependent(kernel, shape_of(config), arch, stream, a);
 }
@@ -144,8 +145,9 @@ HadamardMmaKernel mma_kernel(int tiles, bool swiglu) {
 template <int kSteps = kMinHadamardWgmmaSteps>
 HadamardMmaKernel wgmma_kernel(int steps, int pow2, bool swiglu) {
   if (steps == kSteps) {
-    return pow2 == 64 ? hadamard_wgmma_instance<kSteps, 64>(swiglu)
-                      : hadamard_wgmma_instance<kSteps, 128>(swiglu);
+    if (pow2 == 64) return hadamard_wgmma_instance<kSteps, 64>(swiglu);
+    if (pow2 == 128) return hadamard_wgmma_instance<kSteps, 128>(swiglu);
+    if constexpr (kSteps == 4) return hadamard_wgmma_instance<4, 256>(swiglu);
   }
   if constexpr (kSteps < kMaxHadamardWgmmaSteps) {
     return wgmma_kernel<kSteps + 1>(steps, pow2, swiglu);

@@ -9,16 +9,18 @@
 namespace prefixquant {
 namespace {
 
-constexpr int64_t kSegment = 1024;    // kMaxSegment of hadamard_tile.cuh
-constexpr int64_t kTile = 256;        // of hadamard_cluster.cuh
-constexpr int64_t kMaxInputs = 32;    // Butterflies<F>
-constexpr int64_t kThreads = 256;     // of a CTA
-constexpr int64_t kStaticSmem = 512;  // an upper bound of what the kernels have besides
+constexpr int64_t kSegment = 1024;     // kMaxSegment of hadamard_tile.cuh
+constexpr int64_t kLongSegment = 512;  // shorter ones are kernels of their own
+constexpr int64_t kTile = 256;         // of hadamard_cluster.cuh
+constexpr int64_t kMaxInputs = 32;     // Butterflies<F>
+constexpr int64_t kThreads = 256;      // of a CTA
+constexpr int64_t kStaticSmem = 512;   // an upper bound of what the kernels have besides
 constexpr int64_t kPairStaticSmem = 16;
 constexpr int64_t kMmaStaticSmem = 1024;
-constexpr int64_t kReservedSmem = 1024;   // of every CTA, by the system
-constexpr int64_t kPairElements = 24576;  // of a block: below, kPair gains nothing or little
-constexpr int64_t kManyElements = 1024;   // of a CTA: above, a cluster of 8 becomes 16
+constexpr int64_t kReservedSmem = 1024;     // of every CTA, by the system
+constexpr int64_t kPairElements = 24576;    // of a block: below, kPair gains nothing or little
+constexpr int64_t kManyElements = 1024;     // of a CTA: above, a cluster of 8 becomes 16
+constexpr int64_t kMaxBlocks = 0x7F000000;  // and a grid more: dividends of FastDivisor
 
 // Where every configuration begins.
 HadamardConfig impossible(HadamardKernel kernel) {
@@ -31,14 +33,15 @@ HadamardConfig impossible(HadamardKernel kernel) {
 // Blocks a CTA takes at a time: enough columns for all its threads and enough segments for all its
 // warps, but no more shared memory than three CTAs an SM can have, and work for all SMs.
 int64_t choose_group(int64_t block, int64_t segment, int64_t blocks, const HadamardSums& sums,
-                     const HadamardDevice& device) {
-  const int64_t columns = sums.columns * kThreads;
-  const int64_t wanted = std::max((columns + segment - 1) / segment, (12288 + block - 1) / block);
+                     int64_t ctas_per_sm, const HadamardDevice& device) {
+  const int64_t columns = sums.columns * kThreads, elements = segment < kLongSegment ? 6144 : 12288;
+  const int64_t wanted =
+      std::max((columns + segment - 1) / segment, (elements + block - 1) / block);
   const int64_t fits = std::max<int64_t>(1, 57344 / (4 * block));
   const int64_t shared_out = std::max<int64_t>(1, blocks / (2 * device.sm_count));
   const int64_t group = std::max<int64_t>(1, std::min({wanted, fits, shared_out}));
-  // All in one wave rather than a few in a second: 4096 x 1536 in 19.9 instead of 22.3 us.
-  const int64_t wave = sums.ctas_per_sm * device.sm_count, one_wave = (blocks + wave - 1) / wave;
+  // All in one wave rather than a few in a second.
+  const int64_t wave = ctas_per_sm * device.sm_count, one_wave = (blocks + wave - 1) / wave;
   const bool little_more = one_wave <= group * 3 / 2 && one_wave * block * 4 <= 73728;
   return one_wave > group && little_more ? one_wave : group;
 }
@@ -135,21 +138,25 @@ HadamardConfig hadamard_sums_config(const RowHadamardParams& p, bool vectors,
   const int64_t blocks = p.rows * blocks_per_row;
   const HadamardSums* sums = find_hadamard_sums(p.k);
   const bool compiled = sums && (p.k > 1 ? inputs == p.k : inputs <= kMaxInputs);
-  if (!vectors || p.dtype == RowDtype::kFloat32 || !compiled || segment < 8) return config;
+  if (!vectors || p.dtype == RowDtype::kFloat32 || !compiled || segment < 8 ||
+      blocks > kMaxBlocks) {
+    return config;
+  }
+  const int64_t ctas_per_sm = segment < kLongSegment ? sums->short_ctas : sums->ctas_per_sm;
   const bool dynamic = p.scaling == RowScale::kDynamic;
   const int64_t group =
-      dynamic ? blocks_per_row : choose_group(block, segment, blocks, *sums, device);
+      dynamic ? blocks_per_row : choose_group(block, segment, blocks, *sums, ctas_per_sm, device);
   const int64_t smem = (group * block * 4 + 255) / 256 * 256;
   if (smem + kStaticSmem > device.smem_limit) return config;
   config.group = static_cast<int>(group);
   config.smem_bytes = smem;
   const int64_t by_smem =
       (device.smem_limit + kReservedSmem) / (smem + kStaticSmem / 2 + kReservedSmem);
-  const int64_t ctas = std::max<int64_t>(1, std::min<int64_t>(by_smem, sums->ctas_per_sm));
+  const int64_t ctas = std::max<int64_t>(1, std::min(by_smem, ctas_per_sm));
   const int64_t groups = (blocks + group - 1) / group;
   config.grid = std::min<int64_t>(groups, ctas * device.sm_count);
   if (ctas < 3 || groups <= 2 * device.sm_count) {
-    config.threads = hadamard_sums_threads(sums->ctas_per_sm);
+    config.threads = hadamard_sums_threads(ctas_per_sm);
   }
   return config;
 }
@@ -161,7 +168,8 @@ HadamardConfig hadamard_pair_config(const RowHadamardParams& p, bool vectors,
   const int64_t blocks = p.rows * (p.cols / block);
   const HadamardSums* sums = find_hadamard_sums(p.k);
   if (!vectors || p.dtype == RowDtype::kFloat32 || !sums || p.k == 1 || device.max_cluster < 2 ||
-      (segment != 512 && segment != 1024) || p.scaling == RowScale::kDynamic) {
+      (segment != 512 && segment != 1024) || p.scaling == RowScale::kDynamic ||
+      blocks > kMaxBlocks) {
     return config;
   }
   config.cluster = 2;
@@ -182,7 +190,7 @@ bool can_multiply(const RowHadamardParams& p, bool vectors) {
   const bool whole_row = p.scaling != RowScale::kDynamic || p.cols == p.block_size;
   return vectors && p.dtype != RowDtype::kFloat32 && hadamard_sums_are_integers(p.k) &&
          p.k > 16 * (kMinHadamardMmaTiles - 1) && p.k <= 16 * kMaxHadamardMmaTiles && whole_row &&
-         p.rows * (p.cols / p.block_size) <= 0x7FFFFFF0;
+         p.rows * (p.cols / p.block_size) <= kMaxBlocks;
 }
 
 void take_smem(const RowHadamardParams& p, const HadamardDevice& device, int64_t smem,
@@ -216,14 +224,17 @@ HadamardConfig hadamard_wgmma_config(const RowHadamardParams& p, bool vectors,
                                      const HadamardDevice& device) {
   HadamardConfig config = impossible(HadamardKernel::kWgmma);
   const int pow2 = static_cast<int>(p.block_size / p.k), steps = static_cast<int>((p.k + 31) / 32);
+  const bool compiled = pow2 == 64 || pow2 == 128 || (pow2 == 256 && steps == 4);
   if (!can_multiply(p, vectors) || device.arch != 90 || steps < kMinHadamardWgmmaSteps ||
-      (pow2 != 64 && pow2 != 128)) {
+      p.k > hadamard_wgmma_max_k(steps) || !compiled) {
     return config;
   }
-  config.threads = 128 * hadamard_wgmma_warpgroups(steps, pow2);
-  const int64_t tiles = (steps + 1) / 2;
-  take_smem(p, device, 2 * steps * (1024 * tiles + 3 * 16 * pow2),
-            hadamard_wgmma_ctas_per_sm(config.threads), config);
+  const int64_t warps = (p.block_size / 32 + 31) / 32;  // of 32 elements a thread
+  config.threads =
+      32 * std::max<int>(static_cast<int>(warps), 4 * hadamard_wgmma_warpgroups(steps, pow2));
+  const int64_t sign_bytes = 1024 * steps * steps * (pow2 / 64), plane_bytes = 32 * steps * pow2;
+  take_smem(p, device, sign_bytes + 3 * plane_bytes,
+            hadamard_wgmma_ctas_per_sm(hadamard_wgmma_max_threads(steps, pow2)), config);
   return config;
 }
 

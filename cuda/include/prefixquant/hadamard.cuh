@@ -73,8 +73,8 @@ __device__ __forceinline__ void store_vector(const float (&v)[8], const ColumnSt
   column_smem()[storage.half(flat, 1)] = make_float4(v[4], v[5], v[6], v[7]);
 }
 
-// kWhole: a segment is a tile, so that a tile lies in one block and is never cut.
-template <bool kSwiglu, int kVectors, bool kWhole>
+// kSegment: the length of the segments where every tile lies in one block, never cut; otherwise 0.
+template <bool kSwiglu, int kVectors, int kSegment>
 __device__ __forceinline__ void transform_segments(const HadamardArgs& p,
                                                    const ColumnStorage& storage,
                                                    const GroupOrigin& origin, uint32_t blocks) {
@@ -83,7 +83,7 @@ __device__ __forceinline__ void transform_segments(const HadamardArgs& p,
   const uint32_t step = blockDim.x * kVectors;
   for (uint32_t tile = threadIdx.x / 32 * 32 * kVectors; tile < count; tile += step) {
     RawTile<kSwiglu, kVectors> raw;
-    if constexpr (kWhole) {
+    if constexpr (kSegment > 0) {
       const longlong2 at = vector_offset(p, origin, tile);
       const uint16_t* x = p.x + at.x + 8 * lane;
       const uint16_t* up = p.up + at.y + 8 * lane;
@@ -102,25 +102,33 @@ __device__ __forceinline__ void transform_segments(const HadamardArgs& p,
     }
     float v[kVectors][8];
     raw.values(p.is_bfloat16, v);
-    transform_tile<kWhole>(v, p.columns, lane);
+    transform_tile<kSegment>(v, p.columns, lane);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const uint32_t flat = tile + 32 * i + lane;
-      if (kWhole || flat < count) store_vector(v[i], storage, flat);
+      if (kSegment > 0 || flat < count) store_vector(v[i], storage, flat);
     }
   }
 }
 
-template <bool kSwiglu>
+// kShort: segments of less than 512. A kernel of its own, as without SwiGLU: each path beside would
+// take registers from the others.
+template <bool kSwiglu, bool kShort>
 __device__ __forceinline__ void transform_segments(const HadamardArgs& p,
                                                    const ColumnStorage& storage,
                                                    const GroupOrigin& origin, uint32_t blocks) {
-  if (p.columns == 1024) {
-    transform_segments<kSwiglu, 4, true>(p, storage, origin, blocks);
-  } else if (p.columns == 512) {
-    transform_segments<kSwiglu, 2, true>(p, storage, origin, blocks);
+  if constexpr (!kShort) {
+    if (p.columns == 512) {
+      transform_segments<kSwiglu, 2, 512>(p, storage, origin, blocks);
+    } else {
+      transform_segments<kSwiglu, 4, 1024>(p, storage, origin, blocks);
+    }
+  } else if (p.columns == 256 && p.block_size % 512 == 0) {
+    transform_segments<kSwiglu, 2, 256>(p, storage, origin, blocks);
+  } else if (p.columns == 128 && p.block_size % 512 == 0) {
+    transform_segments<kSwiglu, 2, 128>(p, storage, origin, blocks);
   } else {
-    transform_segments<kSwiglu, 2, false>(p, storage, origin, blocks);
+    transform_segments<kSwiglu, 2, 0>(p, storage, origin, blocks);
   }
 }
 
@@ -131,16 +139,20 @@ __device__ __forceinline__ void prefetch_l2(const uint16_t* from, uint32_t bytes
 #endif
 }
 
+// Where a block lies in x and in up.
+__device__ __forceinline__ longlong2 block_offset(const HadamardArgs& p, uint32_t block) {
+  const uint32_t r = p.blocks_per_row.divide(block);
+  const int64_t row = r, column = int64_t{block - r * p.blocks_per_row.divisor} * p.block_size;
+  return {row * p.x_stride + column, row * p.up_stride + column};
+}
+
 // The inputs of a group's blocks; one lane a block.
-__device__ __forceinline__ void prefetch_group(const HadamardArgs& p, int64_t first) {
-  const int64_t block = first + threadIdx.x;
-  if (threadIdx.x >= p.group || block >= p.blocks) return;
-  const int64_t row = block / p.blocks_per_row.divisor;
-  const int64_t column = block % p.blocks_per_row.divisor * p.block_size;
-  const uint32_t bytes = 2 * p.block_size;
-  prefetch_l2(p.x + row * p.x_stride + column, bytes);
-  if (!p.up) return;
-  prefetch_l2(p.up + row * p.up_stride + column, bytes);
+__device__ __forceinline__ void prefetch_group(const HadamardArgs& p, uint32_t first) {
+  const uint32_t block = first + threadIdx.x;
+  if (threadIdx.x >= p.group || block >= static_cast<uint32_t>(p.blocks)) return;
+  const longlong2 at = block_offset(p, block);
+  prefetch_l2(p.x + at.x, 2 * p.block_size);
+  if (p.up) prefetch_l2(p.up + at.y, 2 * p.block_size);
 }
 
 // ---- second half: columns ----
@@ -329,7 +341,7 @@ __device__ __forceinline__ void finish_columns(const HadamardArgs& p, const Colu
   }
 }
 
-template <typename Sums, int kCtasPerSm>
+template <typename Sums, int kCtasPerSm, bool kSwiglu, bool kShort>
 __global__ void __launch_bounds__(hadamard_sums_threads(kCtasPerSm),
                                   kCtasPerSm* kHadamardThreads / hadamard_sums_threads(kCtasPerSm))
     hadamard_sums_kernel(const HadamardArgs p) {
@@ -337,20 +349,16 @@ __global__ void __launch_bounds__(hadamard_sums_threads(kCtasPerSm),
   const ColumnStorage storage(p.group * p.block_size, p.log2_columns);
   grid_dependency_launch();
   const bool compiled_signs = signs_match<Sums::K>(p.signs);
+  // Before the wait: L2 is where the writes of the kernel before arrive, nothing there is stale.
+  prefetch_group(p, blockIdx.x * p.group);
   grid_dependency_wait();
 
-  const int64_t step = static_cast<int64_t>(gridDim.x) * p.group;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * p.group; first < p.blocks;
-       first += step) {
-    const uint32_t blocks =
-        static_cast<uint32_t>(min(static_cast<int64_t>(p.group), p.blocks - first));
-    const GroupOrigin origin{first / p.blocks_per_row.divisor,
-                             static_cast<uint32_t>(first % p.blocks_per_row.divisor)};
-    if (p.up) {
-      transform_segments<true>(p, storage, origin, blocks);
-    } else {
-      transform_segments<false>(p, storage, origin, blocks);
-    }
+  const uint32_t all_blocks = static_cast<uint32_t>(p.blocks), step = gridDim.x * p.group;
+  for (uint32_t first = blockIdx.x * p.group; first < all_blocks; first += step) {
+    const uint32_t blocks = min(static_cast<uint32_t>(p.group), all_blocks - first);
+    const uint32_t row = p.blocks_per_row.divide(first);
+    const GroupOrigin origin{row, first - row * p.blocks_per_row.divisor};
+    transform_segments<kSwiglu, kShort>(p, storage, origin, blocks);
     __syncthreads();
     prefetch_group(p, first + step);
 
@@ -375,7 +383,8 @@ __global__ void __launch_bounds__(hadamard_sums_threads(kCtasPerSm),
 using HadamardSumsKernel = void (*)(HadamardArgs);
 
 // Defined in hadamard_instance.cuh, instantiated once each in src/inst/hadamard_*.cu.
-template <typename Sums, int kCtasPerSm>
-HadamardSumsKernel hadamard_sums_instance();
+// For segments of `columns`.
+template <typename Sums, int kCtasPerSm, int kShortCtas>
+HadamardSumsKernel hadamard_sums_instance(bool swiglu, int columns);
 
 }  // namespace prefixquant

@@ -59,7 +59,7 @@ enum class HadamardKernel : int {
   kSums,       // any compiled k, or k = 1 and pow2 > 1024: blocks meet in shared memory once
   kPair,       // kSums for longer blocks on sm_90: two CTAs share a block
   kMma,        // 64 < k <= 192, pow2 of 64 to 256: integers on the tensor cores
-  kWgmma,      // the same for sm_90, 96 < k, pow2 of 64 and 128
+  kWgmma,      // the same for sm_90: k up to 80 and above 96, pow2 of 64, 128, some of 256
   kCluster,    // any k: CTAs share a block, signs are data; few rows, and other sign matrices
   kGeneric     // any k, size, dtype and alignment
 };
@@ -94,11 +94,13 @@ struct HadamardSums {
   int k;            // 1: butterflies of pow2 / 1024
   int columns;      // neighbours that a thread takes together
   int ctas_per_sm;  // that the registers are bounded for
+  int short_ctas;   // the same where 2^m < 512
   int few;          // thousands of elements up to which kCluster is faster on 132 SMs
 };
 inline constexpr HadamardSums kHadamardSums[] = {
-    {1, 2, 2, 250},   {12, 2, 3, 600},  {20, 2, 3, 1000}, {28, 2, 3, 2600}, {36, 1, 3, 1500},
-    {40, 1, 3, 1500}, {44, 1, 3, 1500}, {52, 1, 2, 1500}, {60, 1, 2, 1500},
+    {1, 2, 2, 2, 250},   {12, 2, 3, 4, 600},  {20, 2, 3, 3, 1000},
+    {28, 2, 3, 3, 2600}, {36, 1, 3, 3, 1500}, {40, 1, 3, 3, 1500},
+    {44, 1, 3, 3, 1500}, {52, 1, 2, 2, 1500}, {60, 1, 2, 2, 1500},
 };
 // The most threads a CTA of kSums can have: three CTAs of 256 are two of 384.
 constexpr int hadamard_sums_threads(int ctas_per_sm) { return ctas_per_sm == 3 ? 384 : 256; }
@@ -120,14 +122,22 @@ constexpr int hadamard_mma_ctas_per_sm(int threads, int tasks) {
   return ctas > 0 ? ctas : 1;
 }
 
-// The shapes of kWgmma: 32 inputs a step, 4 rows j x 8 columns a thread. Fewer inputs: kMma.
-inline constexpr int kMinHadamardWgmmaSteps = 4;
+// The shapes of kWgmma: 32 inputs a step, 4 rows j x 8 columns a thread.
+inline constexpr int kMinHadamardWgmmaSteps = 3;
 inline constexpr int kMaxHadamardWgmmaSteps = 6;
-constexpr int hadamard_wgmma_warpgroups(int steps, int pow2) { return (steps * pow2 + 127) / 128; }
-// That the registers are bounded for: 48 to 80 a thread. 384 threads three times, with products of
-// 32 columns, were 5 % slower.
-constexpr int hadamard_wgmma_ctas_per_sm(int threads) {
-  return threads <= 256 ? 4 : threads <= 640 ? 2 : 1;
+// Three steps are for 76 and its neighbours: a sixth warp would cost one of six CTAs.
+constexpr int hadamard_wgmma_max_k(int steps) { return steps == 3 ? 80 : 32 * steps; }
+constexpr int hadamard_wgmma_max_threads(int steps, int pow2) {
+  return hadamard_wgmma_max_k(steps) * pow2 / 32;
+}
+// Warpgroups that multiply; a CTA may have warps beyond them. 640 threads: twelve products.
+constexpr int hadamard_wgmma_warpgroups(int steps, int pow2) {
+  const int threads = hadamard_wgmma_max_threads(steps, pow2);
+  return threads == 640 ? 4 : threads / 128;
+}
+// That the registers are bounded for: 64 to 80 a thread, and 48 where 640 threads are two CTAs.
+constexpr int hadamard_wgmma_ctas_per_sm(int max_threads) {
+  return max_threads == 640 ? 2 : 1024 / max_threads;
 }
 
 // The inputs of the kernels of kCluster for sums of integers, in steps of 32.

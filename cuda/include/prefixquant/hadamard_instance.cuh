@@ -8,9 +8,17 @@
 
 namespace prefixquant {
 
-template <typename Sums, int kCtasPerSm>
-HadamardSumsKernel hadamard_sums_instance() {
-  return hadamard_sums_kernel<Sums, kCtasPerSm>;
+template <typename Sums, int kCtasPerSm, int kShortCtas>
+HadamardSumsKernel hadamard_sums_instance(bool swiglu, int columns) {
+  // Several parts of 1024 are never short.
+  if constexpr (Sums::K > 1 || Sums::kInputs == 1) {
+    if (columns < 512) {
+      return swiglu ? hadamard_sums_kernel<Sums, kShortCtas, true, true>
+                    : hadamard_sums_kernel<Sums, kShortCtas, false, true>;
+    }
+  }
+  return swiglu ? hadamard_sums_kernel<Sums, kCtasPerSm, true, false>
+                : hadamard_sums_kernel<Sums, kCtasPerSm, false, false>;
 }
 
 template <typename Sums, int kCtasPerSm>

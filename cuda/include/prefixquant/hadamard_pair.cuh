@@ -62,8 +62,8 @@ __device__ __forceinline__ void transform_inputs(const HadamardArgs& p,
     float low[kVectors][8], high[kVectors][8];
     low_raw.values(p.is_bfloat16, low);
     high_raw.values(p.is_bfloat16, high);
-    transform_tile<true>(low, p.columns, lane);
-    transform_tile<true>(high, p.columns, lane);
+    transform_tile<256 * kVectors>(low, p.columns, lane);
+    transform_tile<256 * kVectors>(high, p.columns, lane);
     mbarrier_wait(pair.read, parity ^ 1);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
@@ -101,12 +101,6 @@ __device__ __forceinline__ void prefetch_inputs(const HadamardArgs& p, const Had
   if (p.up) prefetch_l2(p.up + block_at.y + first, 2 * half);
 }
 
-__device__ __forceinline__ longlong2 block_offset(const HadamardArgs& p, int64_t block) {
-  const int64_t row = block / p.blocks_per_row.divisor;
-  const int64_t column = block % p.blocks_per_row.divisor * p.block_size;
-  return {row * p.x_stride + column, row * p.up_stride + column};
-}
-
 // Both CTAs' barriers are ready when it returns.
 __device__ __forceinline__ HadamardPair make_pair(uint64_t (&barriers)[2]) {
   HadamardPair pair;
@@ -137,13 +131,14 @@ __global__ void __launch_bounds__(kHadamardThreads, kCtasPerSm)
   grid_dependency_launch();
   const HadamardPair pair = make_pair(barriers);
   const bool compiled_signs = signs_match<Sums::K>(p.signs);
+  if (threadIdx.x == 0) prefetch_inputs(p, pair, block_offset(p, blockIdx.x / 2));
   grid_dependency_wait();
 
   Quantizer quantizer{1.0f, p.qmin, p.qmax};
   if (p.scaling == RowScale::kStatic) quantizer.inv_scale = __fdiv_rn(1.0f, *p.scale);
-  const int64_t step = gridDim.x / 2;
+  const uint32_t blocks = static_cast<uint32_t>(p.blocks), step = gridDim.x / 2;
   uint32_t parity = 0, largest = 0;
-  for (int64_t block = blockIdx.x / 2; block < p.blocks; block += step, parity ^= 1) {
+  for (uint32_t block = blockIdx.x / 2; block < blocks; block += step, parity ^= 1) {
     if (threadIdx.x == 0) mbarrier_arrive_expect_tx(pair.received, kInputs * p.columns * 4);
     const longlong2 block_at = block_offset(p, block);
     if (p.up) {
@@ -152,7 +147,7 @@ __global__ void __launch_bounds__(kHadamardThreads, kCtasPerSm)
       transform_inputs<false>(p, storage, pair, block_at, kInputs, parity);
     }
     __syncthreads();
-    const bool more = block + step < p.blocks;
+    const bool more = block + step < blocks;
     if (threadIdx.x == 0 && more) {
       prefetch_inputs(p, pair, block_offset(p, block + step));
     }

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kHadamardThreads)
   }
   float v[kVectors][8];
   raw.values(p.is_bfloat16, v);
-  transform_tile<false>(v, p.segment, lane);
+  transform_tile<0>(v, p.segment, lane);
   Quantizer quantizer{1.0f, p.qmin, p.qmax};
   if (p.scaling == RowScale::kStatic) quantizer.inv_scale = __fdiv_rn(1.0f, *p.scale);
 #pragma unroll

@@ -76,11 +76,11 @@ __device__ __forceinline__ void butterflies_between_vectors(float (&v)[kVectors]
 }
 
 // All stages of groups of `segment` elements (a power of two up to 256 kVectors), all lanes
-// together. Vector i of a lane holds the elements 8 (32 i + lane) .. + 7 of the tile. kWhole: the
-// segment is the tile, and there are no branches between the stages.
-template <bool kWhole, int kVectors>
+// together. Vector i of a lane holds the elements 8 (32 i + lane) .. + 7 of the tile. kSegment: the
+// segment where it is known, so that there are no branches between the stages; 0 where it is not.
+template <int kSegment, int kVectors>
 __device__ __forceinline__ void transform_tile(float (&v)[kVectors][8], int segment, int lane) {
-  if constexpr (kWhole) segment = 256 * kVectors;
+  if constexpr (kSegment > 0) segment = kSegment;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     if (segment >= 2) butterflies_in_vector<1>(v[i]);

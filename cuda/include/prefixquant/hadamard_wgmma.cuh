@@ -9,8 +9,10 @@
 // Smem: signs [inputs, outputs] and the three planes [inputs, columns] as core matrices of 8 rows
 //   x 16 bytes: [16 inputs][8 outputs or columns][one of 8][one of 16 inputs]. Column
 //   32 q + 8 t + 4 h + e of a block is row 8 (4 q + e) + 2 t + (h ^ q % 2): a thread's accumulators
-//   are eight neighbours, and the 4-byte stores of a warp meet 32 banks (pow2 = 64).
-// Limits: pow2 of 64 or 128, 96 < k <= 192.
+//   are eight neighbours. The words of four inputs are in another order for each 64 columns, and so
+//   they are in a copy of the signs that these are multiplied with: the 4-byte stores of a warp,
+//   which has 256 / pow2 words for each of pow2 columns, then meet 32 banks.
+// Limits: pow2 of 64, 128 or 256, 64 < k <= 80 or 96 < k <= 192, a task a thread.
 #pragma once
 
 #include "prefixquant/hadamard_mma.cuh"
@@ -23,37 +25,41 @@ struct HadamardWgmmaShape {
   static constexpr int kSteps = kSteps_, kPow2 = kPow2_;  // k > 32 (kSteps - 1)
   static constexpr int kTiles = (kSteps + 1) / 2;         // of 64 outputs
   static constexpr int kWarpgroups = hadamard_wgmma_warpgroups(kSteps, kPow2);
-  static constexpr int kThreads = 128 * kWarpgroups;
+  static constexpr int kMaxThreads = hadamard_wgmma_max_threads(kSteps, kPow2);
   static constexpr int kChunks = kPow2 / 8;  // of 8 columns
-  static constexpr int kSignBytes = 2 * kSteps * kTiles * 1024;
+  // Outputs that the signs have: a tile may reach beyond, into what is never an output.
+  static constexpr int kRows = 32 * kSteps;
+  static constexpr int kCopies = kPow2 / 64, kCopyBytes = 2 * kSteps * kRows * 16;
   static constexpr int kPlaneBytes = 2 * kSteps * kChunks * 128;
-  static constexpr int kCtasPerSm = hadamard_wgmma_ctas_per_sm(kThreads);
+  static constexpr int kCtasPerSm = hadamard_wgmma_ctas_per_sm(kMaxThreads);
   // Columns of a product: 64 want 58 registers.
-  static constexpr int kUnit = kThreads * kCtasPerSm > 1024 ? 32 : 64;
+  static constexpr int kUnit = kMaxThreads * kCtasPerSm > 1024 ? 32 : 64;
 };
 
-// d += A B, A signed and B unsigned bytes, 64 x 64 x 32 or 64 x 32 x 32, asynchronously.
+// d (+)= A B, A signed and B unsigned bytes, 64 x 64 x 32 or 64 x 32 x 32, asynchronously.
+template <bool kAdd>
 __device__ __forceinline__ void wgmma_s8_u8(int32_t (&d)[32], uint64_t a, uint64_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.u8 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, 1;"
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, %34;"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]),
         "+r"(d[7]), "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]),
         "+r"(d[14]), "+r"(d[15]), "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]),
         "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]),
         "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31])
-      : "l"(a), "l"(b));
+      : "l"(a), "l"(b), "n"(kAdd));
 }
 
+template <bool kAdd>
 __device__ __forceinline__ void wgmma_s8_u8(int32_t (&d)[16], uint64_t a, uint64_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.u8 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1;"
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, %18;"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]),
         "+r"(d[7]), "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]),
         "+r"(d[14]), "+r"(d[15])
-      : "l"(a), "l"(b));
+      : "l"(a), "l"(b), "n"(kAdd));
 }
 
 // Descriptor of a K-major operand of core matrices without swizzle: 8 rows further is 128 bytes,
@@ -62,24 +68,36 @@ __device__ __forceinline__ uint64_t wgmma_descriptor_cores(uint32_t smem, uint32
   return uint64_t{128 >> 4} << 32 | uint64_t{k_stride >> 4} << 16 | (smem & 0x3FFFF) >> 4;
 }
 
-// Signs and row starts into shared memory, once a CTA.
+// What the index of a word among four is combined with for columns 64 part .. + 63.
+template <typename Shape>
+__device__ __forceinline__ int word_order(int part) {
+  return part * (4 / Shape::kCopies) % 4;
+}
+
+// Signs into shared memory, and what each row of outputs has too little after its high plane,
+// shifted as that is; once a CTA.
 template <typename Shape>
 __device__ __forceinline__ void keep_sign_cores(const HadamardMmaArgs& p, int32_t* row_starts) {
   auto* const words = reinterpret_cast<uint32_t*>(hadamard_mma_smem());
-  constexpr int kRows = 64 * Shape::kTiles;
-  for (int i = threadIdx.x; i < Shape::kSignBytes / 4; i += Shape::kThreads) {
+  constexpr int kRows = Shape::kRows;
+  for (int i = threadIdx.x; i < Shape::kCopyBytes / 4; i += blockDim.x) {
     const int row = i / 4 % kRows, column = i / 4 / kRows * 16 + i % 4 * 4;
-    words[i] = row < p.k && column < p.k
-                   ? __ldg(reinterpret_cast<const uint32_t*>(p.signs + row * p.k + column))
-                   : 0;
+    const uint32_t four =
+        row < p.k && column < p.k
+            ? __ldg(reinterpret_cast<const uint32_t*>(p.signs + row * p.k + column))
+            : 0;
+#pragma unroll
+    for (int copy = 0; copy < Shape::kCopies; ++copy) {
+      words[copy * Shape::kCopyBytes / 4 + (i ^ word_order<Shape>(copy))] = four;
+    }
   }
   __syncthreads();
-  for (int row = threadIdx.x; row < kRows; row += Shape::kThreads) {
+  for (int row = threadIdx.x; row < 64 * Shape::kTiles; row += blockDim.x) {
     int32_t sum = 0;
-    for (int i = 0; i < 2 * Shape::kSteps; ++i) {
+    for (int i = 0; i < 2 * Shape::kSteps && row < kRows; ++i) {
       for (int w = 0; w < 4; ++w) sum = sum_of_bytes(words[(i * kRows + row) * 4 + w], sum);
     }
-    row_starts[row] = -64 * sum;
+    row_starts[row] = -64 * 256 * sum;
   }
 }
 
@@ -90,9 +108,9 @@ __device__ __forceinline__ void store_plane_cores(const HadamardMmaArgs& p,
   const int group = threadIdx.x / Shape::kChunks, chunk = threadIdx.x % Shape::kChunks;
   if (4 * group >= p.k) return;
   const int swapped = 16 * (chunk / 4 % 2);
-  char* const base = hadamard_mma_smem() + Shape::kSignBytes +
+  char* const base = hadamard_mma_smem() + Shape::kCopies * Shape::kCopyBytes +
                      (group / 4 * Shape::kChunks + chunk / 4 * 4) * 128 + chunk % 4 * 32 +
-                     group % 4 * 4;
+                     (group % 4 ^ word_order<Shape>(chunk / 8)) * 4;
   char* const halves[2] = {base + swapped, base + (16 - swapped)};
 #pragma unroll
   for (int c = 0; c < 8; ++c) {
@@ -107,33 +125,56 @@ __device__ __forceinline__ void store_plane_cores(const HadamardMmaArgs& p,
   }
 }
 
+// acc = 256 acc + starts of its rows
+template <int kCount>
+__device__ __forceinline__ void shift_and_start(const int32_t* row_starts, int32_t (&acc)[kCount]) {
+  const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const uint32_t start = row_starts[row + 8 * h];
+#pragma unroll
+    for (int i = 2 * h; i < kCount; i += 4) {
+      acc[i] = static_cast<int32_t>(acc[i] * 256u + start);
+      acc[i + 1] = static_cast<int32_t>(acc[i + 1] * 256u + start);
+    }
+  }
+}
+
+template <int kCount>
+__device__ __forceinline__ void shift_left_8(int32_t (&acc)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) acc[i] = static_cast<int32_t>(acc[i] * 256u);
+}
+
 // 64 outputs of tile `tile` x the columns of part `part`.
 template <typename Shape>
 __device__ __forceinline__ void multiply_cores(const int32_t* row_starts, int tile, int part,
                                                int32_t (&acc)[Shape::kUnit / 2]) {
   const uint32_t smem = smem_address(hadamard_mma_smem());
-  const uint64_t a = wgmma_descriptor_cores(smem + 1024 * tile, 1024 * Shape::kTiles);
-  const uint64_t b = wgmma_descriptor_cores(smem + Shape::kSignBytes + 16 * Shape::kUnit * part,
-                                            128 * Shape::kChunks);
-  const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+  const int copy = Shape::kUnit * part / 64;
+  const uint64_t a =
+      wgmma_descriptor_cores(smem + Shape::kCopyBytes * copy + 1024 * tile, 16 * Shape::kRows);
+  const uint64_t b = wgmma_descriptor_cores(
+      smem + Shape::kCopies * Shape::kCopyBytes + 16 * Shape::kUnit * part, 128 * Shape::kChunks);
+  // Defined for the compiler, without an instruction: the first product overwrites them.
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int32_t start = row_starts[64 * tile + row + 8 * h];
-#pragma unroll
-    for (int n = 0; n < Shape::kUnit / 8; ++n) acc[4 * n + 2 * h] = acc[4 * n + 2 * h + 1] = start;
-  }
+  for (int i = 0; i < Shape::kUnit / 2; ++i) asm volatile("" : "=r"(acc[i]));
 #pragma unroll
   for (int plane = 0; plane < 3; ++plane) {
-    if (plane > 0) {
-#pragma unroll
-      for (int i = 0; i < Shape::kUnit / 2; ++i) acc[i] = static_cast<int32_t>(acc[i] * 256u);
-    }
+    if (plane == 1) shift_and_start(row_starts + 64 * tile, acc);
+    if (plane == 2) shift_left_8(acc);
     wgmma_pin(acc);
     wgmma_fence();
+    const uint64_t b_plane = b + plane * Shape::kPlaneBytes / 16;
+    if (plane == 0) {
+      wgmma_s8_u8<false>(acc, a, b_plane);
+    } else {
+      wgmma_s8_u8<true>(acc, a, b_plane);
+    }
 #pragma unroll
-    for (int step = 0; step < Shape::kSteps; ++step) {
-      wgmma_s8_u8(acc, a + step * (2 * 1024 * Shape::kTiles / 16),
-                  b + (plane * Shape::kPlaneBytes + step * 2 * 128 * Shape::kChunks) / 16);
+    for (int step = 1; step < Shape::kSteps; ++step) {
+      wgmma_s8_u8<true>(acc, a + step * 2 * Shape::kRows,
+                        b_plane + step * 2 * 128 * Shape::kChunks / 16);
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -141,20 +182,22 @@ __device__ __forceinline__ void multiply_cores(const int32_t* row_starts, int ti
   }
 }
 
-// All tiles of this warpgroup; `largest` collects the magnitudes where `maximum`, otherwise the
-// results are stored.
+// What this warpgroup multiplies, if it is one that does; `largest` collects the magnitudes where
+// `maximum`, otherwise the results are stored.
 template <typename Shape>
 __device__ __forceinline__ void finish_tiles(const HadamardMmaArgs& p, const IntegerScale& scale,
                                              const int32_t* row_starts, const Quantizer& quantizer,
                                              int64_t block_at, bool maximum, float& largest) {
-  constexpr int kUnits = Shape::kTiles * Shape::kPow2 / Shape::kUnit;
+  constexpr int kParts = Shape::kPow2 / Shape::kUnit, kUnits = Shape::kTiles * kParts;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
+  if (warpgroup >= Shape::kWarpgroups) return;
 #pragma unroll 1
-  for (int unit = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0); unit < kUnits;
-       unit += Shape::kWarpgroups) {
-    const int tile = unit % Shape::kTiles, part = unit / Shape::kTiles;
+  for (int unit = warpgroup; unit < kUnits; unit += Shape::kWarpgroups) {
+    const int tile = unit / kParts, part = unit % kParts;  // the last tile has the fewest outputs
     int32_t acc[Shape::kUnit / 2];
     multiply_cores<Shape>(row_starts, tile, part, acc);
+    if (64 * tile + 16 * warp >= p.k) continue;  // nothing of this warp is an output
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = 64 * tile + 16 * warp + 8 * h + lane / 4;
@@ -179,23 +222,32 @@ __device__ __forceinline__ void finish_tiles(const HadamardMmaArgs& p, const Int
 }
 
 template <typename Shape, bool kSwiglu>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
+__global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
     hadamard_wgmma_kernel(const HadamardMmaArgs p) {
   __shared__ uint32_t maxima[32], output_maxima[32];
   __shared__ int32_t row_starts[64 * Shape::kTiles];
   grid_dependency_launch();
   keep_sign_cores<Shape>(p, row_starts);
+  prefetch_block(p, blockIdx.x);  // L2 is where the writes of the kernel before arrive
   grid_dependency_wait();
+  // For a whole warp, whose lanes shuffle. The others wait for the maximum at a barrier of their own:
+  // one path for both would keep v in registers around the loop.
+  const bool has_task = threadIdx.x / 32 * 32 < p.k / 4 * Shape::kChunks;
 #pragma unroll 1
   for (uint32_t block = blockIdx.x; block < static_cast<uint32_t>(p.blocks); block += gridDim.x) {
     const BlockOrigin origin(p, block);
-    float v[4][8];
-    transform_task<kSwiglu, Shape>(p, origin, threadIdx.x, v);
-    float largest = 0.0f;
+    IntegerScale scale;
+    if (has_task) {
+      float v[4][8];
+      transform_task<kSwiglu, Shape>(p, origin, threadIdx.x, v);
+      float largest = 0.0f;
 #pragma unroll
-    for (int e = 0; e < 32; ++e) largest = larger_magnitude(largest, v[e / 8][e % 8]);
-    const IntegerScale scale = integer_scale(block_max(magnitude_bits(largest), maxima), p.norm);
-    store_plane_cores<Shape>(p, scale, v);
+      for (int e = 0; e < 32; ++e) largest = larger_magnitude(largest, v[e / 8][e % 8]);
+      scale = integer_scale(block_max(magnitude_bits(largest), maxima), p.norm);
+      store_plane_cores<Shape>(p, scale, v);
+    } else {
+      scale = integer_scale(block_max(0, maxima), p.norm);
+    }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     Quantizer quantizer{1.0f, p.qmin, p.qmax};
     if (p.scaling == RowScale::kStatic) quantizer.inv_scale = __frcp_rn(*p.scale);

@@ -2,6 +2,6 @@
 #include "prefixquant/hadamard_instance.cuh"
 
 namespace prefixquant {
-template HadamardSumsKernel hadamard_sums_instance<SignSums<12, 2>, 3>();
+template HadamardSumsKernel hadamard_sums_instance<SignSums<12, 2>, 3, 4>(bool, int);
 template HadamardSumsKernel hadamard_pair_instance<SignSums<12, 2>, 3>();
 }  // namespace prefixquant

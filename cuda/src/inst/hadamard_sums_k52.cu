@@ -2,6 +2,6 @@
 #include "prefixquant/hadamard_instance.cuh"
 
 namespace prefixquant {
-template HadamardSumsKernel hadamard_sums_instance<SignSums<52, 1>, 2>();
+template HadamardSumsKernel hadamard_sums_instance<SignSums<52, 1>, 2, 2>(bool, int);
 template HadamardSumsKernel hadamard_pair_instance<SignSums<52, 1>, 2>();
 }  // namespace prefixquant
