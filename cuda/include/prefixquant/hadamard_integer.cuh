@@ -37,6 +37,17 @@ __device__ __forceinline__ float finished_sum(int32_t sum, const IntegerScale& s
   return __fmul_rn(__int2float_rn(sum), scale.factor);
 }
 
+// For levels: blocks that are not finite have 0 everywhere. With number_scale() no product is a
+// NaN.
+__device__ __forceinline__ IntegerScale scale_for_levels(const IntegerScale& scale) {
+  return {scale.to_integer, scale.factor == scale.factor ? scale.factor : 0.0f};
+}
+// The same levels for every result of finished_sum, which is 0 or more than 2^-120: of a NaN 0, of
+// an infinity the bounds and 0.
+__device__ __forceinline__ float number_scale(float inv_scale) {
+  return inv_scale == inv_scale ? fminf(fmaxf(inv_scale, -3.402823466e38f), 3.402823466e38f) : 0.0f;
+}
+
 // The larger magnitude, NaN if there is one.
 __device__ __forceinline__ float larger_magnitude(float a, float b) {
   float result;

@@ -191,12 +191,13 @@ __device__ __forceinline__ void multiply(const HadamardMmaArgs& p, const uint4 (
   }
 }
 
-// Eight neighbouring results, rounded or as levels; `swapped`: the last four come first.
+// Eight neighbouring results, rounded or as levels (of scale_for_levels and number_scale);
+// `swapped`: the last four come first.
 __device__ __forceinline__ void store_eight(const HadamardMmaArgs& p, const float (&y)[8],
                                             const Quantizer& quantizer, int64_t at,
                                             bool swapped = false) {
   if (p.scaling != RowScale::kNone) {
-    const uint2 levels = quantize8(y, quantizer);
+    const uint2 levels = quantize8_numbers(y, quantizer);
     *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.out) + at) =
         swapped ? make_uint2(levels.y, levels.x) : levels;
     return;
@@ -282,7 +283,7 @@ __device__ __forceinline__ void finish_block(const HadamardMmaArgs& p, int64_t r
     const uint32_t bits = block_max(magnitude_bits(largest), output_maxima);
     const float row_scale = dynamic_scale(__uint_as_float(bits), p.qmax, 1.0f);
     if (threadIdx.x == 0) p.row_scale[row] = row_scale;
-    quantizer.inv_scale = __frcp_rn(row_scale);
+    quantizer.inv_scale = number_scale(__frcp_rn(row_scale));
   }
 }
 
@@ -312,12 +313,14 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
       store_planes<Shape>(p, scale, threadIdx.x + i * Shape::kThreads, v[i]);
     }
     Quantizer quantizer{1.0f, p.qmin, p.qmax};
-    if (p.scaling == RowScale::kStatic) quantizer.inv_scale = __frcp_rn(*p.scale);
+    if (p.scaling == RowScale::kStatic) quantizer.inv_scale = number_scale(__frcp_rn(*p.scale));
     __syncthreads();
     prefetch_block(p, block + gridDim.x);
     const int64_t block_at = static_cast<int64_t>(block) * p.block_size;
     finish_block(p, origin.row, quantizer, output_maxima, [&](bool maximum, float& seen) {
-      finish_tile<Shape>(p, scale, row_starts, quantizer, block_at, maximum, seen);
+      const bool levels = !maximum && p.scaling != RowScale::kNone;
+      finish_tile<Shape>(p, levels ? scale_for_levels(scale) : scale, row_starts, quantizer,
+                         block_at, maximum, seen);
     });
   }
 }

@@ -230,8 +230,10 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
   keep_sign_cores<Shape>(p, row_starts);
   prefetch_block(p, blockIdx.x);  // L2 is where the writes of the kernel before arrive
   grid_dependency_wait();
-  // For a whole warp, whose lanes shuffle. The others wait for the maximum at a barrier of their own:
-  // one path for both would keep v in registers around the loop.
+  Quantizer quantizer{1.0f, p.qmin, p.qmax};
+  if (p.scaling == RowScale::kStatic) quantizer.inv_scale = number_scale(__frcp_rn(*p.scale));
+  // For a whole warp, whose lanes shuffle. The others wait for the maximum at a barrier of their
+  // own: one path for both would keep v in registers around the loop.
   const bool has_task = threadIdx.x / 32 * 32 < p.k / 4 * Shape::kChunks;
 #pragma unroll 1
   for (uint32_t block = blockIdx.x; block < static_cast<uint32_t>(p.blocks); block += gridDim.x) {
@@ -249,13 +251,13 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
       scale = integer_scale(block_max(0, maxima), p.norm);
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    Quantizer quantizer{1.0f, p.qmin, p.qmax};
-    if (p.scaling == RowScale::kStatic) quantizer.inv_scale = __frcp_rn(*p.scale);
     __syncthreads();
     prefetch_block(p, block + gridDim.x);
     const int64_t block_at = static_cast<int64_t>(block) * p.block_size;
     finish_block(p, origin.row, quantizer, output_maxima, [&](bool maximum, float& seen) {
-      finish_tiles<Shape>(p, scale, row_starts, quantizer, block_at, maximum, seen);
+      const bool levels = !maximum && p.scaling != RowScale::kNone;
+      finish_tiles<Shape>(p, levels ? scale_for_levels(scale) : scale, row_starts, quantizer,
+                          block_at, maximum, seen);
     });
   }
 }

@@ -52,6 +52,14 @@ __device__ __forceinline__ uint2 quantize8(const float (&x)[8], const Quantizer&
   return make_uint2(pack_low_bytes(t[0], t[1], t[2], t[3]), pack_low_bytes(t[4], t[5], t[6], t[7]));
 }
 
+// The same where x * inv_scale is never a NaN.
+__device__ __forceinline__ uint2 quantize8_numbers(const float (&x)[8], const Quantizer& p) {
+  uint32_t t[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) t[i] = rounded_bits(x[i], p);
+  return make_uint2(pack_low_bytes(t[0], t[1], t[2], t[3]), pack_low_bytes(t[4], t[5], t[6], t[7]));
+}
+
 // Eight levels as nibbles, even index low.
 __device__ __forceinline__ uint32_t pack_nibbles(uint2 levels) {
   const uint32_t a = levels.x & 0x0F0F0F0Fu, b = levels.y & 0x0F0F0F0Fu;
