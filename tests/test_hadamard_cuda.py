@@ -140,8 +140,10 @@ def test_long_blocks_of_many_rows(size, rows, blocks):
 
 @pytest.mark.parametrize(
     ("size", "rows"),
-    [(1536, 5000), (3072, 2300), (5120, 1700), (4864, 1700), (8960, 900), (9728, 900)]
-    + [(11008, 600), (13824, 560), (18944, 560), (27648, 300)],
+    [
+        *((1536, 5000), (3072, 2300), (5120, 1700), (4864, 1700), (8960, 900), (9728, 900)),
+        *((11008, 600), (13824, 560), (18944, 560), (27648, 300)),
+    ],
 )
 def test_a_cta_that_takes_several_blocks(size, rows):
     x = outlier_rows(rows, size, torch.bfloat16, factor=10.0)

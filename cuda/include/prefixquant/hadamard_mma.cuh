@@ -191,13 +191,14 @@ __device__ __forceinline__ void multiply(const HadamardMmaArgs& p, const uint4 (
   }
 }
 
-// Eight neighbouring results, rounded or as levels (of scale_for_levels and number_scale);
-// `swapped`: the last four come first.
+// Eight neighbouring results, rounded or as levels; `swapped`: the last four come first. kNumbers:
+// levels of scale_for_levels and number_scale.
+template <bool kNumbers>
 __device__ __forceinline__ void store_eight(const HadamardMmaArgs& p, const float (&y)[8],
                                             const Quantizer& quantizer, int64_t at,
                                             bool swapped = false) {
   if (p.scaling != RowScale::kNone) {
-    const uint2 levels = quantize8_numbers(y, quantizer);
+    const uint2 levels = kNumbers ? quantize8_numbers(y, quantizer) : quantize8(y, quantizer);
     *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.out) + at) =
         swapped ? make_uint2(levels.y, levels.x) : levels;
     return;
@@ -248,7 +249,8 @@ __device__ __forceinline__ void finish_tile(const HadamardMmaArgs& p, const Inte
 #pragma unroll
           for (int e = 0; e < 8; ++e) largest = larger_magnitude(largest, y[e]);
         } else if (row < p.k) {
-          store_eight(p, y, quantizer, block_at + row * Shape::kPow2 + 64 * part + 32 * q + 8 * t);
+          store_eight<false>(p, y, quantizer,
+                             block_at + row * Shape::kPow2 + 64 * part + 32 * q + 8 * t);
         }
       }
     }
@@ -313,14 +315,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
       store_planes<Shape>(p, scale, threadIdx.x + i * Shape::kThreads, v[i]);
     }
     Quantizer quantizer{1.0f, p.qmin, p.qmax};
-    if (p.scaling == RowScale::kStatic) quantizer.inv_scale = number_scale(__frcp_rn(*p.scale));
+    if (p.scaling == RowScale::kStatic) quantizer.inv_scale = __frcp_rn(*p.scale);
     __syncthreads();
     prefetch_block(p, block + gridDim.x);
     const int64_t block_at = static_cast<int64_t>(block) * p.block_size;
     finish_block(p, origin.row, quantizer, output_maxima, [&](bool maximum, float& seen) {
-      const bool levels = !maximum && p.scaling != RowScale::kNone;
-      finish_tile<Shape>(p, levels ? scale_for_levels(scale) : scale, row_starts, quantizer,
-                         block_at, maximum, seen);
+      finish_tile<Shape>(p, scale, row_starts, quantizer, block_at, maximum, seen);
     });
   }
 }

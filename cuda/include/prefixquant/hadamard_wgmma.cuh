@@ -213,8 +213,8 @@ __device__ __forceinline__ void finish_tiles(const HadamardMmaArgs& p, const Int
           for (int e = 0; e < 8; ++e) largest = larger_magnitude(largest, y[e]);
         } else if (row < p.k) {
           const int column = Shape::kUnit * part + 32 * q + lane % 4 * 8;
-          store_eight(p, y, quantizer, block_at + row * Shape::kPow2 + column,
-                      Shape::kUnit == 32 && part % 2 == 1);
+          store_eight<true>(p, y, quantizer, block_at + row * Shape::kPow2 + column,
+                            Shape::kUnit == 32 && part % 2 == 1);
         }
       }
     }
