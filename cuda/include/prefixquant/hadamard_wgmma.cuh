@@ -16,6 +16,7 @@
 #pragma once
 
 #include "prefixquant/hadamard_mma.cuh"
+#include "prefixquant/mbarrier.cuh"
 #include "prefixquant/wgmma.cuh"
 
 namespace prefixquant {
@@ -232,9 +233,10 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
   grid_dependency_wait();
   Quantizer quantizer{1.0f, p.qmin, p.qmax};
   if (p.scaling == RowScale::kStatic) quantizer.inv_scale = number_scale(__frcp_rn(*p.scale));
-  // For a whole warp, whose lanes shuffle. The others wait for the maximum at a barrier of their
-  // own: one path for both would keep v in registers around the loop.
+  // For a whole warp, whose lanes shuffle. The others wait for the maximum elsewhere in the code,
+  // at the same barrier: one path for both would keep v in registers around the loop.
   const bool has_task = threadIdx.x / 32 * 32 < p.k / 4 * Shape::kChunks;
+  const auto barrier = [] { named_barrier_sync(1, blockDim.x); };
 #pragma unroll 1
   for (uint32_t block = blockIdx.x; block < static_cast<uint32_t>(p.blocks); block += gridDim.x) {
     const BlockOrigin origin(p, block);
@@ -245,10 +247,10 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
       float largest = 0.0f;
 #pragma unroll
       for (int e = 0; e < 32; ++e) largest = larger_magnitude(largest, v[e / 8][e % 8]);
-      scale = integer_scale(block_max(magnitude_bits(largest), maxima), p.norm);
+      scale = integer_scale(block_max(magnitude_bits(largest), maxima, barrier), p.norm);
       store_plane_cores<Shape>(p, scale, v);
     } else {
-      scale = integer_scale(block_max(0, maxima), p.norm);
+      scale = integer_scale(block_max(0, maxima, barrier), p.norm);
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
