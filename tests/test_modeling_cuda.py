@@ -76,8 +76,8 @@ def relative_error(actual, expected):
     return ((actual - expected).square().sum() / expected.square().sum()).item()
 
 
-def left_padded(lengths=(3, 40, 7, 21), vocab=97):
-    generator = torch.Generator().manual_seed(11)
+def left_padded(lengths=(3, 40, 7, 21), vocab=97, seed=11):
+    generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(2, vocab, (n,), generator=generator) for n in lengths]
     longest = max(lengths)
     batch = torch.stack(
@@ -150,7 +150,8 @@ def test_padding_changes_no_bit_of_a_prompt(folders):
 @pytest.mark.parametrize(("family", "scheme"), EIGHT_BIT)
 def test_tokens_of_the_runtime(folders, family, scheme):
     folder = folders(family, scheme)
-    prompts, batch, mask = left_padded()
+    # After those of seed 11, six of a random model's 36 tokens are ties within 0.07 deviations.
+    prompts, batch, mask = left_padded(seed=13)
     model = prefixquant.load(folder, device="cuda")
     runtime = Runtime.from_checkpoint(folder, device="cuda")
     runtime.stop_ids = frozenset()

@@ -69,17 +69,16 @@ def swiglu_hadamard(folder: Path) -> Iterator[Target]:
     for gpu, result in results:
         cells = {(c["rows"], c["columns"], c["block"]): c for c in result["cells"]}
         for columns in sorted({c["columns"] for c in result["cells"]}):
-            decides = columns in (8192, 14336, 28672)
             name, tag = "swiglu_hadamard_quantize", f"{gpu}, swiglu_hadamard_quantize x {columns}"
             one, many = (cells.get((m, columns, columns)) for m in (1, 4096))
             us = one["us"][name][0] if one else None
-            yield Target(f"{tag}: 1 token", 4.0, us, " us", decides, at_most=True)
+            yield Target(f"{tag}: 1 token", 4.0, us, " us", at_most=True)
             for m in _many(result["cells"]):
                 cell = cells.get((m, columns, columns))
                 share = cell["% of copy"][name] if cell else None
-                yield Target(f"{tag}: {m} tokens, share of copy", 80.0, share, "%", decides)
+                yield Target(f"{tag}: {m} tokens, share of copy", 80.0, share, "%")
             ratio = many["us"]["torch"][0] / many["us"][name][0] if many else None
-            yield Target(f"{tag}: 4096 tokens, over torch", 4.0, ratio, "x", decides)
+            yield Target(f"{tag}: 4096 tokens, over torch", 4.0, ratio, "x")
             ratio = many["us"][f"{name}_dynamic"][0] / many["us"][name][0] if many else None
             yield Target(f"{tag}: static over dynamic", 1.0, ratio, decides=False)
 
