@@ -32,9 +32,6 @@ def _many(cells: list[dict]) -> list[int]:
     return sorted({4096, *(c["rows"] for c in cells if c["rows"] > 4096)})
 
 
-_FUSED_WIDTHS = (4096, 8192)  # hidden sizes of the 8B and 70B models
-
-
 def row_quantization(folder: Path) -> Iterator[Target]:
     """RMSNorm + quantize and the outlier scan: bench_fused_quant.py."""
     results = load(folder, "fused_quant")
@@ -42,7 +39,8 @@ def row_quantization(folder: Path) -> Iterator[Target]:
         yield Target("fused_quant.json", 1.0, None)
     for gpu, result in results:
         cells = {(c["operation"], c["rows"], c["columns"]): c for c in result["cells"]}
-        for columns in _FUSED_WIDTHS:
+        widths = {columns for operation, _, columns in cells if operation == "rmsnorm_quantize"}
+        for columns in sorted(widths):
             tag = f"{gpu}, rmsnorm_quantize x {columns}"
             one, many = (cells.get(("rmsnorm_quantize", m, columns)) for m in (1, 4096))
             us = one["us"]["ours"][0] if one else None
