@@ -147,7 +147,9 @@ HadamardMmaKernel wgmma_kernel(int steps, int pow2, bool swiglu) {
   if (steps == kSteps) {
     if (pow2 == 64) return hadamard_wgmma_instance<kSteps, 64>(swiglu);
     if (pow2 == 128) return hadamard_wgmma_instance<kSteps, 128>(swiglu);
-    if constexpr (kSteps == 4) return hadamard_wgmma_instance<4, 256>(swiglu);
+    if constexpr (hadamard_wgmma_is_compiled(kSteps, 256)) {
+      return hadamard_wgmma_instance<kSteps, 256>(swiglu);
+    }
   }
   if constexpr (kSteps < kMaxHadamardWgmmaSteps) {
     return wgmma_kernel<kSteps + 1>(steps, pow2, swiglu);

@@ -224,9 +224,8 @@ HadamardConfig hadamard_wgmma_config(const RowHadamardParams& p, bool vectors,
                                      const HadamardDevice& device) {
   HadamardConfig config = impossible(HadamardKernel::kWgmma);
   const int pow2 = static_cast<int>(p.block_size / p.k), steps = static_cast<int>((p.k + 31) / 32);
-  const bool compiled = pow2 == 64 || pow2 == 128 || (pow2 == 256 && steps == 4);
-  if (!can_multiply(p, vectors) || device.arch != 90 || steps < kMinHadamardWgmmaSteps ||
-      p.k > hadamard_wgmma_max_k(steps) || !compiled) {
+  if (!can_multiply(p, vectors) || device.arch != 90 || p.k > hadamard_wgmma_max_k(steps) ||
+      !hadamard_wgmma_is_compiled(steps, pow2)) {
     return config;
   }
   const int64_t warps = (p.block_size / 32 + 31) / 32;  // of 32 elements a thread

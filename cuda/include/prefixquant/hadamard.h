@@ -127,6 +127,9 @@ inline constexpr int kMinHadamardWgmmaSteps = 3;
 inline constexpr int kMaxHadamardWgmmaSteps = 6;
 // Three steps are for 76 and its neighbours: a sixth warp would cost one of six CTAs.
 constexpr int hadamard_wgmma_max_k(int steps) { return steps == 3 ? 80 : 32 * steps; }
+constexpr bool hadamard_wgmma_is_compiled(int steps, int pow2) {
+  return pow2 == 64 || pow2 == 128 || (pow2 == 256 && steps == 4);
+}
 constexpr int hadamard_wgmma_max_threads(int steps, int pow2) {
   return hadamard_wgmma_max_k(steps) * pow2 / 32;
 }

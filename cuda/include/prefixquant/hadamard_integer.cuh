@@ -5,6 +5,7 @@
 // order.
 #pragma once
 
+#include <cfloat>
 #include <cstdint>
 
 #include "prefixquant/hadamard.h"
@@ -45,7 +46,7 @@ __device__ __forceinline__ IntegerScale scale_for_levels(const IntegerScale& sca
 // The same levels for every result of finished_sum, which is 0 or more than 2^-120: of a NaN 0, of
 // an infinity the bounds and 0.
 __device__ __forceinline__ float number_scale(float inv_scale) {
-  return inv_scale == inv_scale ? fminf(fmaxf(inv_scale, -3.402823466e38f), 3.402823466e38f) : 0.0f;
+  return inv_scale == inv_scale ? fminf(fmaxf(inv_scale, -FLT_MAX), FLT_MAX) : 0.0f;
 }
 
 // The larger magnitude, NaN if there is one.

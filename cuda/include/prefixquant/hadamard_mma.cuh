@@ -198,7 +198,7 @@ __device__ __forceinline__ void store_eight(const HadamardMmaArgs& p, const floa
                                             const Quantizer& quantizer, int64_t at,
                                             bool swapped = false) {
   if (p.scaling != RowScale::kNone) {
-    const uint2 levels = kNumbers ? quantize8_numbers(y, quantizer) : quantize8(y, quantizer);
+    const uint2 levels = quantize8<kNumbers>(y, quantizer);
     *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.out) + at) =
         swapped ? make_uint2(levels.y, levels.x) : levels;
     return;

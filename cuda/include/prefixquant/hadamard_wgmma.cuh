@@ -31,6 +31,7 @@ struct HadamardWgmmaShape {
   // Outputs that the signs have: a tile may reach beyond, into what is never an output.
   static constexpr int kRows = 32 * kSteps;
   static constexpr int kCopies = kPow2 / 64, kCopyBytes = 2 * kSteps * kRows * 16;
+  static constexpr int kSignBytes = kCopies * kCopyBytes;
   static constexpr int kPlaneBytes = 2 * kSteps * kChunks * 128;
   static constexpr int kCtasPerSm = hadamard_wgmma_ctas_per_sm(kMaxThreads);
   // Columns of a product: 64 want 58 registers.
@@ -109,7 +110,7 @@ __device__ __forceinline__ void store_plane_cores(const HadamardMmaArgs& p,
   const int group = threadIdx.x / Shape::kChunks, chunk = threadIdx.x % Shape::kChunks;
   if (4 * group >= p.k) return;
   const int swapped = 16 * (chunk / 4 % 2);
-  char* const base = hadamard_mma_smem() + Shape::kCopies * Shape::kCopyBytes +
+  char* const base = hadamard_mma_smem() + Shape::kSignBytes +
                      (group / 4 * Shape::kChunks + chunk / 4 * 4) * 128 + chunk % 4 * 32 +
                      (group % 4 ^ word_order<Shape>(chunk / 8)) * 4;
   char* const halves[2] = {base + swapped, base + (16 - swapped)};
@@ -155,8 +156,8 @@ __device__ __forceinline__ void multiply_cores(const int32_t* row_starts, int ti
   const int copy = Shape::kUnit * part / 64;
   const uint64_t a =
       wgmma_descriptor_cores(smem + Shape::kCopyBytes * copy + 1024 * tile, 16 * Shape::kRows);
-  const uint64_t b = wgmma_descriptor_cores(
-      smem + Shape::kCopies * Shape::kCopyBytes + 16 * Shape::kUnit * part, 128 * Shape::kChunks);
+  const uint64_t b = wgmma_descriptor_cores(smem + Shape::kSignBytes + 16 * Shape::kUnit * part,
+                                            128 * Shape::kChunks);
   // Defined for the compiler, without an instruction: the first product overwrites them.
 #pragma unroll
   for (int i = 0; i < Shape::kUnit / 2; ++i) asm volatile("" : "=r"(acc[i]));

@@ -40,23 +40,17 @@ __device__ __forceinline__ uint32_t pack_low_bytes(uint32_t a, uint32_t b, uint3
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
-// Eight levels as bytes. NaNs are looked for once for all of them: they are rare.
+// Eight levels as bytes. NaNs are looked for once for all of them: they are rare. kNumbers: no
+// x * inv_scale is a NaN.
+template <bool kNumbers = false>
 __device__ __forceinline__ uint2 quantize8(const float (&x)[8], const Quantizer& p) {
   uint32_t t[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) t[i] = rounded_bits(x[i], p);
-  if (((t[0] | t[1] | t[2] | t[3]) | (t[4] | t[5] | t[6] | t[7])) & kNanMark) {
+  if (!kNumbers && (((t[0] | t[1] | t[2] | t[3]) | (t[4] | t[5] | t[6] | t[7])) & kNanMark)) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) t[i] = t[i] & kNanMark ? 0u : t[i];
   }
-  return make_uint2(pack_low_bytes(t[0], t[1], t[2], t[3]), pack_low_bytes(t[4], t[5], t[6], t[7]));
-}
-
-// The same where x * inv_scale is never a NaN.
-__device__ __forceinline__ uint2 quantize8_numbers(const float (&x)[8], const Quantizer& p) {
-  uint32_t t[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) t[i] = rounded_bits(x[i], p);
   return make_uint2(pack_low_bytes(t[0], t[1], t[2], t[3]), pack_low_bytes(t[4], t[5], t[6], t[7]));
 }
 
