@@ -92,14 +92,9 @@ class Workbench:
         size = model_geometry(self.model.config).intermediate
         return search_prefix(self.model, self.tokenizer, samples, r4_size=size, **changes)
 
-    def decoder(self, setting: Setting) -> FloatDecoder:
-        plan = plan_rotations(
-            model_geometry(self.model.config), rotate=setting.rotate, seed=setting.seed
-        )
-        return FloatDecoder(self.model, plan, device=self.device)
-
     def float_model(self, prefix: tuple[int, ...]) -> Simulated:
-        decoder = self.decoder(Setting("float", rotate=False))
+        plan = plan_rotations(model_geometry(self.model.config), rotate=False)
+        decoder = FloatDecoder(self.model, plan, device=self.device)
         blocks = [decoder.block(index) for index in range(len(decoder))]
         return Simulated(decoder, blocks, [None] * len(blocks), decoder.prefix(prefix))
 
@@ -110,9 +105,10 @@ class Workbench:
         samples = sample_windows(
             self.calibration(setting.text), setting.samples, length, setting.seed
         )
+        geometry = model_geometry(self.model.config)
         decoder = make_decoder(
             self.model,
-            self.decoder(setting).plan,
+            plan_rotations(geometry, rotate=setting.rotate, seed=setting.seed),
             samples,
             ids,
             balance=setting.balance,
