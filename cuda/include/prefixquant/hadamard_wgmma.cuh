@@ -223,21 +223,54 @@ __device__ __forceinline__ void finish_tiles(const HadamardMmaArgs& p, const Int
   }
 }
 
+// The barrier for the maximum, of all threads: warps with a task wait, the others only arrive.
+constexpr int kMaximumBarrier = 1;
+
+__device__ __forceinline__ void arrive_for_maximum() {
+  asm volatile("bar.arrive %0, %1;" ::"n"(kMaximumBarrier), "r"(blockDim.x) : "memory");
+}
+
+// block_max for warps with a task; the other warps' and all further maxima are 0. The lane is read
+// anew: kept since the shuffles it would cost a register.
+__device__ __forceinline__ uint32_t wait_for_maximum(uint32_t v, uint32_t* maxima) {
+  uint32_t lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  v = __reduce_max_sync(0xFFFFFFFFu, v);
+  if (lane == 0) maxima[threadIdx.x / 32] = v;
+  named_barrier_sync(kMaximumBarrier, blockDim.x);
+  return __reduce_max_sync(0xFFFFFFFFu, maxima[lane]);
+}
+
+// Warps with a task wait twice a block: for the maximum, and at __syncthreads for the planes. The
+// others arrive at the first and wait at the second. (One path for both would keep v in registers
+// around the loop; two waits at one barrier are divergence to compute-sanitizer.)
+//   Generations: between two arrivals of a warp all warps meet at __syncthreads, which those with a
+//     task reach after the first of the two barriers: an arrival never counts for the one before.
+//   maxima[warp]: written before the first barrier, read by warps with a task until the second,
+//     after which come the next block's writes. The zeros are written once, before the
+//     __syncthreads of the signs.
+//   block_maximum: written by thread 0 between the barriers, read by warps without a task after the
+//     second and before they arrive for the next block. The next write waits for these arrivals,
+//     and bar.arrive comes after the reads before it (PTX): one word is enough.
+//   Planes: written between the barriers. A warp arrives for the next block when its products,
+//     which read them, are done (wgmma_wait).
 template <typename Shape, bool kSwiglu>
 __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
     hadamard_wgmma_kernel(const HadamardMmaArgs p) {
-  __shared__ uint32_t maxima[32], output_maxima[32];
+  __shared__ uint32_t maxima[32], output_maxima[Shape::kMaxThreads / 32], block_maximum;
   __shared__ int32_t row_starts[64 * Shape::kTiles];
+  static_assert(
+      sizeof(maxima) + sizeof(output_maxima) + sizeof(block_maximum) + sizeof(row_starts) <= 1024,
+      "kMmaStaticSmem");
   grid_dependency_launch();
+  if (threadIdx.x < 32) maxima[threadIdx.x] = 0;
   keep_sign_cores<Shape>(p, row_starts);
   prefetch_block(p, blockIdx.x);  // L2 is where the writes of the kernel before arrive
   grid_dependency_wait();
   Quantizer quantizer{1.0f, p.qmin, p.qmax};
   if (p.scaling == RowScale::kStatic) quantizer.inv_scale = number_scale(__frcp_rn(*p.scale));
-  // For a whole warp, whose lanes shuffle. The others wait for the maximum elsewhere in the code,
-  // at the same barrier: one path for both would keep v in registers around the loop.
+  // For a whole warp, whose lanes shuffle.
   const bool has_task = threadIdx.x / 32 * 32 < p.k / 4 * Shape::kChunks;
-  const auto barrier = [] { named_barrier_sync(1, blockDim.x); };
 #pragma unroll 1
   for (uint32_t block = blockIdx.x; block < static_cast<uint32_t>(p.blocks); block += gridDim.x) {
     const BlockOrigin origin(p, block);
@@ -248,13 +281,17 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
       float largest = 0.0f;
 #pragma unroll
       for (int e = 0; e < 32; ++e) largest = larger_magnitude(largest, v[e / 8][e % 8]);
-      scale = integer_scale(block_max(magnitude_bits(largest), maxima, barrier), p.norm);
+      const uint32_t bits = wait_for_maximum(magnitude_bits(largest), maxima);
+      if (threadIdx.x == 0) block_maximum = bits;
+      scale = integer_scale(bits, p.norm);
       store_plane_cores<Shape>(p, scale, v);
     } else {
-      scale = integer_scale(block_max(0, maxima, barrier), p.norm);
+      arrive_for_maximum();
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
+    // Reduced, though it is one: for the compiler it is then the warp's, in no lane's register.
+    if (!has_task) scale = integer_scale(__reduce_max_sync(0xFFFFFFFFu, block_maximum), p.norm);
     prefetch_block(p, block + gridDim.x);
     const int64_t block_at = static_cast<int64_t>(block) * p.block_size;
     finish_block(p, origin.row, quantizer, output_maxima, [&](bool maximum, float& seen) {

@@ -26,17 +26,12 @@ __device__ __forceinline__ double block_sum(double v, double* partials) {
 
 // The same for the maximum of bit patterns of magnitudes, which order as the magnitudes do, NaN on
 // top.
-template <typename Barrier>
-__device__ __forceinline__ uint32_t block_max(uint32_t v, uint32_t* partials,
-                                              const Barrier& barrier) {
+__device__ __forceinline__ uint32_t block_max(uint32_t v, uint32_t* partials) {
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
   v = __reduce_max_sync(0xFFFFFFFFu, v);
   if (lane == 0) partials[threadIdx.x / 32] = v;
-  barrier();
+  __syncthreads();
   return __reduce_max_sync(0xFFFFFFFFu, lane < warps ? partials[lane] : 0u);
-}
-__device__ __forceinline__ uint32_t block_max(uint32_t v, uint32_t* partials) {
-  return block_max(v, partials, [] { __syncthreads(); });
 }
 
 __device__ __forceinline__ uint32_t magnitude_bits(float v) {
