@@ -43,7 +43,7 @@ def torch_dynamic(y: Tensor) -> tuple[Tensor, Tensor]:
     return torch_quantize(y, scale), scale
 
 
-def operations(scale: Tensor) -> dict[str, tuple[Callable, Callable | None, float]]:
+def operations(scale: Tensor, shift: Tensor) -> dict[str, tuple[Callable, Callable | None, float]]:
     """name -> (ours of (x, residual), torch's, bytes an element)."""
     return {
         "rmsnorm_quantize": (
@@ -53,6 +53,9 @@ def operations(scale: Tensor) -> dict[str, tuple[Callable, Callable | None, floa
         ),
         "rmsnorm_quantize_packed": (
             lambda x, _: ops.rmsnorm_quantize(x, None, EPS, scale, 4, True), None, 2.5,
+        ),
+        "rmsnorm_quantize_shift": (
+            lambda x, _: ops.rmsnorm_quantize(x, None, EPS, scale, 4, shift=shift), None, 3,
         ),
         "rmsnorm_quantize_dynamic": (
             lambda x, _: ops.rmsnorm_quantize_dynamic(x, None, EPS, 4),
@@ -75,11 +78,13 @@ def operations(scale: Tensor) -> dict[str, tuple[Callable, Callable | None, floa
     }  # fmt: skip
 
 
-def check(rows: int, columns: int, scale: Tensor) -> None:
+def check(rows: int, columns: int, scale: Tensor, shift: Tensor) -> None:
     x = torch.randn(min(rows, 64), columns, dtype=torch.bfloat16)
-    q = ops.rmsnorm_quantize(x.cuda(), None, EPS, scale, 4).cpu()
-    if not torch.equal(q, reference.rmsnorm_quantize(x, None, EPS, scale.cpu(), 4)):
-        raise AssertionError(f"rmsnorm_quantize is wrong on {rows} x {columns}")
+    for s in (None, shift):
+        q = ops.rmsnorm_quantize(x.cuda(), None, EPS, scale, 4, shift=s).cpu()
+        s = None if s is None else s.cpu()
+        if not torch.equal(q, reference.rmsnorm_quantize(x, None, EPS, scale.cpu(), 4, shift=s)):
+            raise AssertionError(f"rmsnorm_quantize is wrong on {rows} x {columns}")
     q, row_scale = ops.rmsnorm_quantize_dynamic(x.cuda(), None, EPS, 4)
     expected = reference.rmsnorm_quantize_dynamic(x, None, EPS, 4)
     if not (torch.equal(q.cpu(), expected[0]) and torch.equal(row_scale.cpu(), expected[1])):
@@ -88,9 +93,10 @@ def check(rows: int, columns: int, scale: Tensor) -> None:
 
 def bench_rows(rows: int, columns: int, copy: float) -> list[dict]:
     scale = torch.tensor(0.4, device="cuda")
-    check(rows, columns, scale)
+    shift = torch.randn(columns, device="cuda", dtype=torch.bfloat16)
+    check(rows, columns, scale, shift)
     cells = []
-    for name, (ours, torch_sequence, bytes_each) in operations(scale).items():
+    for name, (ours, torch_sequence, bytes_each) in operations(scale, shift).items():
         count = rows * columns
         us = {"ours": measure(ours, (rows, columns), 2, bytes_each * count)}
         if torch_sequence is not None:

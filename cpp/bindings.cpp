@@ -45,11 +45,11 @@ PYBIND11_MODULE(_C, m) {
         arg("scale"), nogil);
   m.def("rmsnorm", &pq::rmsnorm, arg("x"), arg("weight"), arg("eps"), arg("y"), nogil);
   m.def("add_rmsnorm_quantize", &pq::add_rmsnorm_quantize, arg("residual"), arg("x"), arg("weight"),
-        arg("eps"), arg("scale"), arg("bits"), arg("q"), nogil);
+        arg("eps"), arg("scale"), arg("bits"), arg("shift"), arg("q"), nogil);
   m.def("rmsnorm_quantize_dynamic", &pq::rmsnorm_quantize_dynamic, arg("x"), arg("weight"),
         arg("eps"), arg("bits"), arg("q"), arg("scale"), nogil);
   m.def("rmsnorm_quantize", &pq::rmsnorm_quantize, arg("x"), arg("weight"), arg("eps"),
-        arg("scale"), arg("bits"), arg("q"), nogil);
+        arg("scale"), arg("bits"), arg("shift"), arg("q"), nogil);
   m.def("hadamard", &pq::hadamard, arg("x"), arg("signs"), arg("block_size"), arg("y"), nogil);
   m.def("hadamard_quantize", &pq::hadamard_quantize, arg("x"), arg("signs"), arg("block_size"),
         arg("scale"), arg("bits"), arg("q"), nogil);

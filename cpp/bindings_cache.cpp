@@ -37,11 +37,12 @@ pq::DecoderStep decoder_step(const std::array<int64_t, 8>& sizes, double eps, do
   return {all, cos, sin, rotation_signs, rotation_size, mlp_signs, mlp_size};
 }
 
-void add_block(pq::DecoderStep& step, const pq::OptionalTensor& input_norm, const Linear& qkv,
-               const Attention& attended, const Linear& o, const pq::OptionalTensor& post_norm,
-               const Linear& gate_up, const Linear& down) {
-  step.add_block(input_norm, linear(qkv), attention(attended), linear(o), post_norm,
-                 linear(gate_up), linear(down));
+void add_block(pq::DecoderStep& step, const pq::OptionalTensor& input_norm,
+               const pq::OptionalTensor& input_shift, const Linear& qkv, const Attention& attended,
+               const Linear& o, const pq::OptionalTensor& post_norm,
+               const pq::OptionalTensor& post_shift, const Linear& gate_up, const Linear& down) {
+  step.add_block(input_norm, input_shift, linear(qkv), attention(attended), linear(o), post_norm,
+                 post_shift, linear(gate_up), linear(down));
 }
 
 }  // namespace
@@ -65,8 +66,9 @@ void bind_cache(py::module_& m) {
       .def(py::init(&decoder_step), arg("sizes"), arg("eps"), arg("scaling"), arg("cos"),
            arg("sin"), arg("rotation_signs"), arg("rotation_size"), arg("mlp_signs"),
            arg("mlp_size"))
-      .def("add_block", &add_block, arg("input_norm"), arg("qkv"), arg("attention"), arg("o"),
-           arg("post_norm"), arg("gate_up"), arg("down"))
+      .def("add_block", &add_block, arg("input_norm"), arg("input_shift"), arg("qkv"),
+           arg("attention"), arg("o"), arg("post_norm"), arg("post_shift"), arg("gate_up"),
+           arg("down"))
       .def("run", &pq::DecoderStep::run, arg("hidden"), arg("positions"), arg("slots"),
            arg("lengths"), nogil);
 }

@@ -60,11 +60,12 @@ void bind_cuda(py::module_& m) {
   m.def("rmsnorm_cuda", &pq::rmsnorm_cuda, arg("x"), arg("weight"), arg("eps"), arg("y"),
         arg("stream"), nogil);
   m.def("rmsnorm_quantize_cuda", &pq::rmsnorm_quantize_cuda, arg("x"), arg("weight"), arg("eps"),
-        arg("scale"), arg("bits"), arg("q"), arg("stream"), nogil);
+        arg("scale"), arg("bits"), arg("shift"), arg("q"), arg("stream"), nogil);
   m.def("rmsnorm_quantize_dynamic_cuda", &pq::rmsnorm_quantize_dynamic_cuda, arg("x"),
         arg("weight"), arg("eps"), arg("bits"), arg("q"), arg("scale"), arg("stream"), nogil);
   m.def("add_rmsnorm_quantize_cuda", &pq::add_rmsnorm_quantize_cuda, arg("residual"), arg("x"),
-        arg("weight"), arg("eps"), arg("scale"), arg("bits"), arg("q"), arg("stream"), nogil);
+        arg("weight"), arg("eps"), arg("scale"), arg("bits"), arg("shift"), arg("q"), arg("stream"),
+        nogil);
   m.def("hadamard_cuda", &pq::hadamard_cuda, arg("x"), arg("signs"), arg("block_size"), arg("y"),
         arg("stream"), nogil);
   m.def("hadamard_quantize_cuda", &pq::hadamard_quantize_cuda, arg("x"), arg("signs"),

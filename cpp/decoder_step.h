@@ -65,10 +65,11 @@ class DecoderStep {
   DecoderStep(const DecoderStep&) = delete;
   DecoderStep(DecoderStep&&) = default;
 
-  // The next block; norms floating [hidden] or absent.
-  void add_block(const OptionalTensor& input_norm, const LinearTensors& qkv,
-                 const AttentionTensors& attention, const LinearTensors& o,
-                 const OptionalTensor& post_norm, const LinearTensors& gate_up,
+  // The next block; norms and shifts floating [hidden] or absent.
+  void add_block(const OptionalTensor& input_norm, const OptionalTensor& input_shift,
+                 const LinearTensors& qkv, const AttentionTensors& attention,
+                 const LinearTensors& o, const OptionalTensor& post_norm,
+                 const OptionalTensor& post_shift, const LinearTensors& gate_up,
                  const LinearTensors& down);
 
   // hidden float32 [B, hidden], in place; positions int32, slots int64, lengths int32 [B] as for
@@ -77,9 +78,12 @@ class DecoderStep {
            const TensorView& lengths);
 
  private:
-  struct NormPlan {
-    const void* weight;
+  struct ChannelsPlan {  // [hidden], null where absent
+    const void* data;
     FloatType type;
+  };
+  struct NormPlan {
+    ChannelsPlan weight, shift;
   };
   struct LinearPlan {
     GemmParams gemm;  // all but x, y, m and the buffers of a thread
@@ -94,7 +98,7 @@ class DecoderStep {
   };
   class Worker;  // one thread of a run
 
-  NormPlan plan_norm(const OptionalTensor& weight, const char* name) const;
+  ChannelsPlan plan_channels(const OptionalTensor& tensor, const char* name) const;
   LinearPlan plan_linear(const LinearTensors& tensors, const char* name, int64_t n,
                          int64_t k) const;
   void plan_attention(const AttentionTensors& tensors, Block& block) const;

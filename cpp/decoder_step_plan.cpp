@@ -69,12 +69,13 @@ DecoderStep::DecoderStep(const DecoderSizes& sizes, const TensorView& cos, const
   attended_.resize(kMaxRows * attended);
 }
 
-DecoderStep::NormPlan DecoderStep::plan_norm(const OptionalTensor& weight, const char* name) const {
-  if (!weight) return {nullptr, FloatType::kFloat32};
+DecoderStep::ChannelsPlan DecoderStep::plan_channels(const OptionalTensor& tensor,
+                                                     const char* name) const {
+  if (!tensor) return {nullptr, FloatType::kFloat32};
   const ArgumentChecker check{kOp};
-  const FloatType type = float_type(check, *weight, name);
-  check_vector(check, *weight, name, weight->dtype, sizes_.hidden);
-  return {weight->ptr, type};
+  const FloatType type = float_type(check, *tensor, name);
+  check_vector(check, *tensor, name, tensor->dtype, sizes_.hidden);
+  return {tensor->ptr, type};
 }
 
 DecoderStep::LinearPlan DecoderStep::plan_linear(const LinearTensors& t, const char* name,
@@ -180,14 +181,17 @@ void DecoderStep::plan_attention(const AttentionTensors& t, Block& block) const 
   block.pages = cache.pages;
 }
 
-void DecoderStep::add_block(const OptionalTensor& input_norm, const LinearTensors& qkv,
-                            const AttentionTensors& attention, const LinearTensors& o,
-                            const OptionalTensor& post_norm, const LinearTensors& gate_up,
+void DecoderStep::add_block(const OptionalTensor& input_norm, const OptionalTensor& input_shift,
+                            const LinearTensors& qkv, const AttentionTensors& attention,
+                            const LinearTensors& o, const OptionalTensor& post_norm,
+                            const OptionalTensor& post_shift, const LinearTensors& gate_up,
                             const LinearTensors& down) {
   const int64_t attended = sizes_.heads * sizes_.head_dim;
   Block block{};
-  block.input_norm = plan_norm(input_norm, "input_norm");
-  block.post_norm = plan_norm(post_norm, "post_norm");
+  block.input_norm = {plan_channels(input_norm, "input_norm"),
+                      plan_channels(input_shift, "input_shift")};
+  block.post_norm = {plan_channels(post_norm, "post_norm"),
+                     plan_channels(post_shift, "post_shift")};
   block.qkv =
       plan_linear(qkv, "qkv", attended + 2 * sizes_.kv_heads * sizes_.head_dim, sizes_.hidden);
   block.o = plan_linear(o, "o", sizes_.hidden, attended);

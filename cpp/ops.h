@@ -33,12 +33,13 @@ void quantize_dynamic(const TensorView& x, int64_t bits, double clip, const Tens
 // rmsnorm_quant.cpp
 void rmsnorm(const TensorView& x, const OptionalTensor& weight, double eps, const TensorView& y);
 void rmsnorm_quantize(const TensorView& x, const OptionalTensor& weight, double eps,
-                      const TensorView& scale, int64_t bits, const TensorView& q);
+                      const TensorView& scale, int64_t bits, const OptionalTensor& shift,
+                      const TensorView& q);
 void rmsnorm_quantize_dynamic(const TensorView& x, const OptionalTensor& weight, double eps,
                               int64_t bits, const TensorView& q, const TensorView& scale);
 void add_rmsnorm_quantize(const TensorView& residual, const TensorView& x,
                           const OptionalTensor& weight, double eps, const TensorView& scale,
-                          int64_t bits, const TensorView& q);
+                          int64_t bits, const OptionalTensor& shift, const TensorView& q);
 
 // hadamard.cpp
 void hadamard(const TensorView& x, const OptionalTensor& signs, int64_t block_size,

@@ -92,14 +92,15 @@ void quantize_dynamic_cuda(const TensorView& x, int64_t bits, double clip, const
 void rmsnorm_cuda(const TensorView& x, const OptionalTensor& weight, double eps,
                   const TensorView& y, uintptr_t stream);
 void rmsnorm_quantize_cuda(const TensorView& x, const OptionalTensor& weight, double eps,
-                           const TensorView& scale, int64_t bits, const TensorView& q,
-                           uintptr_t stream);
+                           const TensorView& scale, int64_t bits, const OptionalTensor& shift,
+                           const TensorView& q, uintptr_t stream);
 void rmsnorm_quantize_dynamic_cuda(const TensorView& x, const OptionalTensor& weight, double eps,
                                    int64_t bits, const TensorView& q, const TensorView& scale,
                                    uintptr_t stream);
 void add_rmsnorm_quantize_cuda(const TensorView& residual, const TensorView& x,
                                const OptionalTensor& weight, double eps, const TensorView& scale,
-                               int64_t bits, const TensorView& q, uintptr_t stream);
+                               int64_t bits, const OptionalTensor& shift, const TensorView& q,
+                               uintptr_t stream);
 
 // hadamard_cuda.cpp
 void hadamard_cuda(const TensorView& x, const OptionalTensor& signs, int64_t block_size,

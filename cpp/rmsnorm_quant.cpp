@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // rmsnorm, rmsnorm_quantize(_dynamic), add_rmsnorm_quantize: y = (x * rstd) * weight, rstd =
-// float32(1 / sqrt(mean(x^2) + eps)); then y rounded to x's dtype, or quantize_static of it, or
-// quantize_dynamic of it. The mean is taken in float64, the products are float32.
-//   x [..., C] floating, rows at one distance; weight [C] floating or absent; scale float32 [], or
-//   [rows] and written; q int8, x's shape, or uint8 [..., C/2] with the even index in the low
-//   nibble. With a residual (x's dtype and shape), residual = round(residual + x) is normalized
-//   instead.
+// float32(1 / sqrt(mean(x^2) + eps)); then y rounded to x's dtype, or quantize_static of it (of
+// y - shift, where there is a shift), or quantize_dynamic of it. The mean is taken in float64, the
+// products and the difference are float32.
+//   x [..., C] floating, rows at one distance; weight and shift [C] floating or absent; scale
+//   float32 [], or [rows] and written; q int8, x's shape, or uint8 [..., C/2] with the even index
+//   in the low nibble. With a residual (x's dtype and shape), residual = round(residual + x) is
+//   normalized instead.
 #include "isa.h"
 #include "ops.h"
 #include "rows.h"
@@ -17,22 +18,28 @@ PQ_KERNEL_TABLE(RmsnormKernel, rmsnorm_rows);
 
 namespace {
 
+// A vector [cols] of any floating dtype, or null where it is absent.
+const void* checked_channels(const ArgumentChecker& check, const OptionalTensor& t,
+                             const char* name, int64_t cols, FloatType& type) {
+  if (!t) return nullptr;
+  check.on_cpu(*t, name);
+  type = float_type(check, *t, name);
+  check.rank(*t, name, 1);
+  check.size(*t, name, 0, cols);
+  check.contiguous(*t, name);
+  return t->ptr;
+}
+
 RmsnormRows plan(const ArgumentChecker& check, const TensorView& x, const RowView& rows,
-                 const OptionalTensor& weight, double eps) {
+                 const OptionalTensor& weight, double eps, const OptionalTensor& shift = {}) {
   RmsnormRows params{};
   params.x = x.ptr;
   params.x_type = float_type(check, x, "x");
   params.x_stride = rows.stride;
   params.cols = rows.cols;
   params.eps = eps;
-  if (weight) {
-    check.on_cpu(*weight, "weight");
-    params.weight_type = float_type(check, *weight, "weight");
-    check.rank(*weight, "weight", 1);
-    check.size(*weight, "weight", 0, rows.cols);
-    check.contiguous(*weight, "weight");
-    params.weight = weight->ptr;
-  }
+  params.weight = checked_channels(check, weight, "weight", rows.cols, params.weight_type);
+  params.shift = checked_channels(check, shift, "shift", rows.cols, params.shift_type);
   PQ_CHECK(check.op, eps >= 0.0, "eps: expected 0 or more, got ", eps);
   return params;
 }
@@ -47,7 +54,7 @@ RowView checked_rows(const ArgumentChecker& check, const TensorView& x, const ch
 void run(const RmsnormRows& params, int64_t rows) {
   const auto kernel = rmsnorm_rows_table.pick();
   for_row_ranges(
-      rows, 2 * params.cols, 2 * (params.cols + 16) + params.cols / 4 + 16,
+      rows, 2 * params.cols, 3 * (params.cols + 16) + params.cols / 4 + 16,
       [&](int64_t begin, int64_t end, float* scratch) { kernel(params, begin, end, scratch); });
 }
 
@@ -67,10 +74,11 @@ void rmsnorm(const TensorView& x, const OptionalTensor& weight, double eps, cons
 }
 
 void rmsnorm_quantize(const TensorView& x, const OptionalTensor& weight, double eps,
-                      const TensorView& scale, int64_t bits, const TensorView& q) {
+                      const TensorView& scale, int64_t bits, const OptionalTensor& shift,
+                      const TensorView& q) {
   const ArgumentChecker check{"rmsnorm_quantize"};
   const RowView rows = checked_rows(check, x, "x");
-  RmsnormRows params = plan(check, x, rows, weight, eps);
+  RmsnormRows params = plan(check, x, rows, weight, eps, shift);
   params.quantizer = quantizer_params(check, scale, bits);
   params.output = check_quantized_or_packed(check, q, x, "x", bits);
   params.y = q.ptr;
@@ -92,7 +100,7 @@ void rmsnorm_quantize_dynamic(const TensorView& x, const OptionalTensor& weight,
 
 void add_rmsnorm_quantize(const TensorView& residual, const TensorView& x,
                           const OptionalTensor& weight, double eps, const TensorView& scale,
-                          int64_t bits, const TensorView& q) {
+                          int64_t bits, const OptionalTensor& shift, const TensorView& q) {
   const ArgumentChecker check{"add_rmsnorm_quantize"};
   const RowView rows = checked_rows(check, x, "x");
   const RowView residual_rows = checked_rows(check, residual, "residual");
@@ -101,7 +109,7 @@ void add_rmsnorm_quantize(const TensorView& residual, const TensorView& x,
   PQ_CHECK(check.op, residual_rows.rows <= 1 || residual_rows.stride >= residual_rows.cols,
            "residual: expected rows that do not overlap, got a row stride of ",
            residual_rows.stride);
-  RmsnormRows params = plan(check, x, rows, weight, eps);
+  RmsnormRows params = plan(check, x, rows, weight, eps, shift);
   params.residual = residual.ptr;
   params.residual_stride = residual_rows.stride;
   params.quantizer = quantizer_params(check, scale, bits);

@@ -24,16 +24,21 @@ struct Plan {
     params.cols = input.rows.cols;
   }
 
-  void normalize(const OptionalTensor& weight, double eps) {
+  // A vector [cols] of any floating dtype, or null where it is absent.
+  const void* channels(const OptionalTensor& t, const char* name, RowDtype& dtype) const {
+    if (!t) return nullptr;
+    check.on_cuda(*t, name, device);
+    dtype = row_dtype(float_type(check, *t, name));
+    check.rank(*t, name, 1);
+    check.size(*t, name, 0, params.cols);
+    check.contiguous(*t, name);
+    return t->ptr;
+  }
+
+  void normalize(const OptionalTensor& weight, double eps, const OptionalTensor& shift = {}) {
     params.normalize = true;
-    if (weight) {
-      check.on_cuda(*weight, "weight", device);
-      params.weight_dtype = row_dtype(float_type(check, *weight, "weight"));
-      check.rank(*weight, "weight", 1);
-      check.size(*weight, "weight", 0, params.cols);
-      check.contiguous(*weight, "weight");
-      params.weight = weight->ptr;
-    }
+    params.weight = channels(weight, "weight", params.weight_dtype);
+    params.shift = channels(shift, "shift", params.shift_dtype);
     PQ_CHECK(check.op, eps >= 0.0, "eps: expected 0 or more, got ", eps);
     params.eps = eps;
   }
@@ -104,10 +109,10 @@ void rmsnorm_cuda(const TensorView& x, const OptionalTensor& weight, double eps,
 }
 
 void rmsnorm_quantize_cuda(const TensorView& x, const OptionalTensor& weight, double eps,
-                           const TensorView& scale, int64_t bits, const TensorView& q,
-                           uintptr_t stream) {
+                           const TensorView& scale, int64_t bits, const OptionalTensor& shift,
+                           const TensorView& q, uintptr_t stream) {
   Plan plan("rmsnorm_quantize", x);
-  plan.normalize(weight, eps);
+  plan.normalize(weight, eps, shift);
   plan.static_scale(scale, bits);
   plan.levels(q, x, bits, true);
   plan.launch(stream);
@@ -125,7 +130,8 @@ void rmsnorm_quantize_dynamic_cuda(const TensorView& x, const OptionalTensor& we
 
 void add_rmsnorm_quantize_cuda(const TensorView& residual, const TensorView& x,
                                const OptionalTensor& weight, double eps, const TensorView& scale,
-                               int64_t bits, const TensorView& q, uintptr_t stream) {
+                               int64_t bits, const OptionalTensor& shift, const TensorView& q,
+                               uintptr_t stream) {
   Plan plan("add_rmsnorm_quantize", x);
   const CudaRowInput sum(plan.check, residual, "residual", plan.device);
   plan.check.dtype(residual, "residual", x.dtype);
@@ -134,7 +140,7 @@ void add_rmsnorm_quantize_cuda(const TensorView& residual, const TensorView& x,
            "residual: expected rows that do not overlap, got a row stride of ", sum.rows.stride);
   plan.params.residual = residual.ptr;
   plan.params.residual_stride = sum.rows.stride;
-  plan.normalize(weight, eps);
+  plan.normalize(weight, eps, shift);
   plan.static_scale(scale, bits);
   plan.levels(q, x, bits, true);
   plan.launch(stream);

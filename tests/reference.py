@@ -55,9 +55,16 @@ def rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def rmsnorm_quantize(
-    x: Tensor, weight: Tensor | None, eps: float, scale: Tensor, bits: int, packed: bool = False
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    scale: Tensor,
+    bits: int,
+    packed: bool = False,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    q = quantize_static(rmsnorm_float32(x, weight, eps), scale, bits)
+    y = rmsnorm_float32(x, weight, eps)
+    q = quantize_static(y if shift is None else y - shift.float(), scale, bits)
     return pack_int4(q) if packed else q
 
 

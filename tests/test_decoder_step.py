@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DecoderStep (all blocks in one call) against the operations one by one, bit for bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from compare import assert_bits_equal
@@ -84,6 +86,23 @@ def test_equals_the_operations(isa, family, scheme):
 @pytest.mark.parametrize("prefix", [0, 1, 40])
 def test_prefix(isa, prefix):
     check(make_decoder(prefix=prefix), LENGTHS[:2])
+
+
+def test_shifts(isa):
+    decoder = make_decoder()
+    before = decoder.weights.blocks[0]
+    for index, dtypes in enumerate([(torch.float32, torch.bfloat16), (torch.float16, None)]):
+        block = decoder.weights.blocks[index]
+        input_shift, post_shift = (d and torch.randn(48).to(d) for d in dtypes)
+        decoder.weights.blocks[index] = replace(
+            block,
+            input_norm=replace(block.input_norm, shift=input_shift),
+            post_norm=replace(block.post_norm, shift=post_shift),
+        )
+    for batch in (1, 3, 16):
+        check(decoder, LENGTHS[:batch])
+    x = torch.randn(3, 48)
+    assert (decoder.weights.blocks[0].input_norm(x) != before.input_norm(x)).any()
 
 
 def test_places_that_are_not_used(isa):
@@ -176,6 +195,7 @@ def block_arguments():
     linear = CpuStep(decoder, cache)._linear
     return {
         "input_norm": None,
+        "input_shift": None,
         "qkv": linear(block.qkv),
         "attention": (
             None,
@@ -189,6 +209,7 @@ def block_arguments():
         ),
         "o": linear(block.o),
         "post_norm": None,
+        "post_shift": None,
         "gate_up": linear(block.gate_up),
         "down": linear(block.down),
     }
@@ -207,6 +228,8 @@ def new_step(**changes):
     [
         ("input_norm", None, torch.ones(47), "input_norm"),
         ("post_norm", None, torch.ones(48, dtype=torch.int8), "post_norm"),
+        ("input_shift", None, torch.ones(48, dtype=torch.int8), "input_shift"),
+        ("post_shift", None, torch.ones(47), "post_shift"),
         ("qkv", 0, torch.zeros(10, 8, 63, dtype=torch.uint8), "qkv"),
         ("qkv", 1, torch.ones(159), "qkv"),
         ("o", 3, torch.ones(47), "o"),

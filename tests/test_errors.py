@@ -42,12 +42,13 @@ VALID = {
     "quantize_static": {"x": f(2, 24), "scale": scalar(), "bits": 4},
     "rmsnorm_quantize": {
         "x": f(2, 24), "weight": f(24), "eps": 1e-5, "scale": scalar(), "bits": 4,
+        "shift": f(24),
     },
     "quantize_dynamic": {"x": f(2, 24), "bits": 4, "clip": 1.0},
     "rmsnorm": {"x": f(2, 24), "weight": f(24), "eps": 1e-5},
     "add_rmsnorm_quantize": {
         "residual": f(2, 24), "x": f(2, 24), "weight": f(24), "eps": 1e-5, "scale": scalar(),
-        "bits": 4,
+        "bits": 4, "shift": f(24),
     },
     "rmsnorm_quantize_dynamic": {"x": f(2, 24), "weight": f(24), "eps": 1e-5, "bits": 4},
     "hadamard": {"x": f(2, 24), "signs": SIGNS, "block_size": 24},
@@ -110,9 +111,10 @@ WRONG = {
 for _op in VALID:
     if "rmsnorm" in _op:
         WRONG[_op, "x"] = BAD_X
-        WRONG[_op, "weight"] = {
-            "dtype": i8(24), "rank": f(1, 24), "size": f(23), "layout": f(48)[::2],
-        }  # fmt: skip
+        for _vector in {"weight", "shift"} & set(VALID[_op]):
+            WRONG[_op, _vector] = {
+                "dtype": i8(24), "rank": f(1, 24), "size": f(23), "layout": f(48)[::2],
+            }  # fmt: skip
         WRONG[_op, "eps"] = {"negative": -1e-6, "nan": float("nan")}
     if "gate" in VALID[_op]:
         WRONG[_op, "gate"] = {"dtype": i8(2, 24), "rank": scalar()}

@@ -6,6 +6,8 @@ most a float32 ulp, in about one row of 10^8, and a level only at a tie: with th
 it does not occur.
 """
 
+from itertools import product
+
 import pytest
 import reference
 import torch
@@ -115,6 +117,78 @@ def test_any_layout_of_the_residual_is_written(columns):
     assert_bits_equal(residual.T, expected)
 
 
+def check_shift(x, weight, shift, bits=4):
+    """Both operations that take a shift, unpacked and packed."""
+    scale = torch.tensor(0.17)
+    residual = torch.randn(x.shape).to(x.dtype)
+    total = reference.add(residual, x)
+    for packed in (False, True) if x.shape[-1] % 2 == 0 and bits <= 4 else (False,):
+        q = rmsnorm_quantize(x, weight, EPS, scale, bits, packed, shift)
+        expected = reference.rmsnorm_quantize(x, weight, EPS, scale, bits, packed, shift)
+        assert_bits_equal(q, expected, "rmsnorm_quantize")
+        copy = residual.clone()
+        q = add_rmsnorm_quantize(copy, x, weight, EPS, scale, bits, packed, shift)
+        assert_bits_equal(copy, total, "residual")
+        expected = reference.rmsnorm_quantize(total, weight, EPS, scale, bits, packed, shift)
+        assert_bits_equal(q, expected, "add_rmsnorm_quantize")
+
+
+@pytest.mark.parametrize("columns", COLUMN_COUNTS)
+def test_shift_of_every_dtype(isa, columns):
+    for dtype, other, third in product(FLOAT_DTYPES, FLOAT_DTYPES, FLOAT_DTYPES):
+        x, shift = outlier_rows(3, columns, dtype), torch.randn(columns).to(third)
+        check_shift(x, torch.rand(columns).to(other), shift)
+        if other == third:
+            check_shift(x, None, shift, bits=8)
+
+
+@pytest.mark.parametrize("shift_dtype", FLOAT_DTYPES)
+def test_shift_on_every_thread(isa, shift_dtype):
+    x = outlier_rows(137, 2050, torch.bfloat16)
+    check_shift(x, torch.rand(2050), torch.randn(2050).to(shift_dtype))
+    check_shift(strided(x), None, torch.randn(2050).to(shift_dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_shift_that_is_not_a_number_stays_in_its_channel(isa, dtype):
+    x, weight, shift = torch.randn(3, 111), torch.rand(111), torch.randn(111).to(dtype)
+    special = {5: "nan", 40: "inf", 110: "-inf"}
+    for channel, value in special.items():
+        shift[channel] = float(value)
+    check_shift(x, weight, shift)
+    check_shift(poisoned(17, 111, dtype), None, shift)
+    q = rmsnorm_quantize(x, weight, EPS, torch.tensor(0.1), 4, shift=shift)
+    assert (q[:, list(special)] == torch.tensor([0, -8, 7], dtype=torch.int8)).all()
+
+
+def test_the_difference_is_rounded_by_itself(isa):
+    """The shift is the normalized row: nothing is left. A fused product would leave its error."""
+    x, weight = torch.randn(1, 576), torch.rand(576)
+    for w in (weight, None):
+        shift = reference.rmsnorm_float32(x, w, EPS)[0]
+        assert (rmsnorm_quantize(x, w, EPS, torch.tensor(1e-10), 8, shift=shift) == 0).all()
+
+
+@pytest.mark.parametrize("op", [rmsnorm_quantize, add_rmsnorm_quantize])
+@pytest.mark.parametrize(
+    "shift",
+    [
+        torch.zeros(24, dtype=torch.int8),
+        torch.zeros(24, dtype=torch.float64),
+        torch.zeros(1, 24),
+        torch.zeros(23),
+        torch.zeros(48)[::2],
+        torch.tensor(0.0),
+    ],
+)
+def test_wrong_shift_is_named(op, shift):
+    rows = (torch.zeros(2, 24),) * (2 if op is add_rmsnorm_quantize else 1)
+    arguments = (*rows, None, EPS, torch.tensor(0.1), 4)
+    op(*arguments, shift=torch.zeros(24))
+    with pytest.raises(ValueError, match=f"^{op.__name__}: shift: expected"):
+        op(*arguments, shift=shift)
+
+
 @pytest.mark.parametrize("weight", [None, torch.ones(16)])
 def test_opcheck(weight):
     ops = torch.ops.prefixquant
@@ -122,6 +196,9 @@ def test_opcheck(weight):
     torch.library.opcheck(ops.rmsnorm.default, (x, weight, EPS))
     for packed in (False, True):
         args = (x, weight, EPS, scale, 4, packed)
+        torch.library.opcheck(ops.rmsnorm_quantize.default, args)
+        torch.library.opcheck(ops.add_rmsnorm_quantize.default, (torch.randn(3, 16), *args))
+        args = (*args, torch.randn(16).half())
         torch.library.opcheck(ops.rmsnorm_quantize.default, args)
         torch.library.opcheck(ops.add_rmsnorm_quantize.default, (torch.randn(3, 16), *args))
     torch.library.opcheck(ops.rmsnorm_quantize_dynamic.default, (x, weight, EPS, 8))

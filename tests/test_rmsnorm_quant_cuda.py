@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """RMSNorm and the quantizers on CUDA: the reference's bits, streams, graphs, wrong arguments."""
 
+from itertools import product
+
 import pytest
 import reference
 import torch
@@ -84,6 +86,80 @@ def test_not_a_number_and_extremes(dtype):
         check((torch.randn(3, 576) * factor).to(dtype), None, 8)
 
 
+def check_shift(x, weight, shift, bits=4):
+    """Both operations that take a shift, unpacked and packed."""
+    scale = torch.tensor(0.17)
+    x_gpu, weight_gpu, shift_gpu, scale_gpu = map(on_gpu, (x, weight, shift, scale))
+    residual = torch.randn(x.shape).to(x.dtype)
+    total = reference.add(residual, x)
+    for packed in (False, True) if x.shape[-1] % 2 == 0 and bits <= 4 else (False,):
+        q = ops.rmsnorm_quantize(x_gpu, weight_gpu, EPS, scale_gpu, bits, packed, shift_gpu)
+        expected = reference.rmsnorm_quantize(x, weight, EPS, scale, bits, packed, shift)
+        assert_bits_equal(q.cpu(), expected, "rmsnorm_quantize")
+        sum_gpu = residual.cuda()
+        q = ops.add_rmsnorm_quantize(
+            sum_gpu, x_gpu, weight_gpu, EPS, scale_gpu, bits, packed, shift_gpu
+        )
+        assert_bits_equal(sum_gpu.cpu(), total, "residual")
+        expected = reference.rmsnorm_quantize(total, weight, EPS, scale, bits, packed, shift)
+        assert_bits_equal(q.cpu(), expected, "add_rmsnorm_quantize")
+
+
+@pytest.mark.parametrize("columns", [1, 8, 64, 111, 576, 2050, 4096])
+def test_shift_of_every_dtype(columns):
+    for dtype, other, third in product(FLOAT_DTYPES, FLOAT_DTYPES, FLOAT_DTYPES):
+        x, shift = outlier_rows(3, columns, dtype), torch.randn(columns).to(third)
+        check_shift(x, torch.rand(columns).to(other), shift)
+        if other == third:
+            check_shift(x, None, shift, bits=8)
+
+
+@pytest.mark.parametrize("rows", [3, MANY_ROWS])
+@pytest.mark.parametrize("columns", WIDE_COLUMNS)
+def test_shift_of_wide_rows(rows, columns):
+    shift = torch.randn(columns)
+    for dtype in FLOAT_DTYPES:
+        check_shift(outlier_rows(rows, columns, dtype), torch.rand(columns), shift)
+        check_shift(outlier_rows(rows, columns, dtype), None, shift.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_shift_strided_and_misaligned(dtype):
+    x, shift = outlier_rows(18, 576, dtype), torch.randn(584).to(dtype)
+    for view in (strided(x), x[::3], x[5], x.T, x.view(18, 1, 576), x[:, 8:512], x[:, 1:513]):
+        check_shift(view, None, shift[: view.shape[-1]])
+    base, scale = shift.cuda(), torch.tensor(0.1)
+    for start in (1, 4, 8):  # a part of a vector beyond 16 bytes, and whole vectors
+        part = slice(start, start + 576)
+        q = ops.rmsnorm_quantize(x.cuda(), None, EPS, scale.cuda(), 8, shift=base[part])
+        expected = reference.rmsnorm_quantize(x, None, EPS, scale, 8, shift=shift[part])
+        assert_bits_equal(q.cpu(), expected, f"shift from element {start}")
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("columns", [64, 111, 4096])
+def test_shift_that_is_not_a_number_stays_in_its_channel(columns, dtype):
+    shift = torch.randn(columns).to(dtype)
+    special = {5: "nan", 40: "inf", columns - 1: "-inf"}
+    for channel, value in special.items():
+        shift[channel] = float(value)
+    check_shift(poisoned(17, columns, dtype), None, shift)
+    x, scale = torch.randn(3, columns, device="cuda"), torch.tensor(0.1, device="cuda")
+    q = ops.rmsnorm_quantize(x, None, EPS, scale, 4, shift=shift.cuda()).cpu()
+    assert (q[:, list(special)] == torch.tensor([0, -8, 7], dtype=torch.int8)).all()
+
+
+@pytest.mark.parametrize("columns", [111, 576, 4096])
+def test_the_difference_is_rounded_by_itself(columns):
+    """The shift is the normalized row: nothing is left. A fused product would leave its error."""
+    x, weight = torch.randn(1, columns), torch.rand(columns)
+    scale = torch.tensor(1e-10, device="cuda")
+    for w in (weight, None):
+        shift = reference.rmsnorm_float32(x, w, EPS)[0].cuda()
+        q = ops.rmsnorm_quantize(x.cuda(), on_gpu(w), EPS, scale, 8, shift=shift)
+        assert (q == 0).all()
+
+
 def test_streams_and_graphs():
     x, scale = torch.randn(64, 4096, dtype=torch.float16), torch.tensor(0.1)
     expected = reference.rmsnorm_quantize(x, None, EPS, scale, 4)
@@ -134,6 +210,9 @@ def test_opcheck():
         args = (x, None, EPS, scale, 4, packed)
         torch.library.opcheck(table.rmsnorm_quantize.default, args)
         torch.library.opcheck(table.add_rmsnorm_quantize.default, (x.clone(), *args))
+        args = (*args, torch.randn(16, device="cuda"))
+        torch.library.opcheck(table.rmsnorm_quantize.default, args)
+        torch.library.opcheck(table.add_rmsnorm_quantize.default, (x.clone(), *args))
 
 
 VALID = {
@@ -143,6 +222,7 @@ VALID = {
     "eps": lambda: EPS,
     "scale": lambda: torch.tensor(0.1, device="cuda"),
     "bits": lambda: 4,
+    "shift": lambda: torch.zeros(24, device="cuda"),
 }
 WRONG = {
     "residual": [lambda t: t.half(), lambda t: t[:, :8], lambda t: t.cpu(), lambda t: t[:1]],
@@ -151,6 +231,7 @@ WRONG = {
     "eps": [lambda _: -1.0, lambda _: float("nan")],
     "scale": [lambda t: t.half(), lambda t: t[None], lambda t: t.cpu()],
     "bits": [lambda _: 1, lambda _: 9],
+    "shift": [lambda t: t.int(), lambda t: t[:-1], lambda t: t[None], lambda t: t.cpu()],
 }
 
 
@@ -163,6 +244,13 @@ def test_wrong_argument_is_named(name, index):
     arguments[name] = WRONG[name][index](arguments[name])
     with pytest.raises(ValueError, match=rf"add_rmsnorm_quantize: ({name}|residual): "):
         ops.add_rmsnorm_quantize(**arguments)
+
+
+def test_shift_on_the_gpu_of_rows_on_the_cpu():
+    with pytest.raises(ValueError, match=r"^rmsnorm_quantize: shift: expected a CPU tensor"):
+        ops.rmsnorm_quantize(
+            torch.zeros(2, 24), None, EPS, torch.tensor(0.1), 4, shift=torch.zeros(24).cuda()
+        )
 
 
 def test_more_than_2_to_the_31_elements():

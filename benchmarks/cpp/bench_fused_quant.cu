@@ -24,6 +24,7 @@ struct Case {
   bool add, normalize, weight;
   RowScale scaling;
   RowResult output;
+  bool shift = false;
 };
 
 std::vector<__nv_bfloat16> to_bf16(const std::vector<float>& v) {
@@ -43,7 +44,9 @@ int check(const Case& c) {
   const auto x = to_bf16(normal_rows(c.rows, c.cols, true));
   const auto residual = to_bf16(normal_rows(c.rows, c.cols, false));
   const auto weight = to_bf16(normal_rows(1, c.cols, false));
-  const Buffer<__nv_bfloat16> x_device(x), residual_device(residual), weight_device(weight);
+  const auto shift = to_bf16(normal_rows(1, c.cols, false));
+  const Buffer<__nv_bfloat16> x_device(x), residual_device(residual), weight_device(weight),
+      shift_device(shift);
   const Buffer<float> scale(std::vector<float>{0.37f}), row_scale(c.rows);
   const size_t out_bytes = c.output == RowResult::kFloat    ? 2 * count
                            : c.output == RowResult::kPacked ? count / 2
@@ -54,6 +57,7 @@ int check(const Case& c) {
   if (c.add) p.residual = residual_device.data(), p.residual_stride = c.cols;
   p.normalize = c.normalize, p.eps = 1e-5;
   if (c.weight) p.weight = weight_device.data(), p.weight_dtype = RowDtype::kBFloat16;
+  if (c.shift) p.shift = shift_device.data(), p.shift_dtype = RowDtype::kBFloat16;
   p.out = out.data(), p.output = c.output, p.scaling = c.scaling;
   p.scale = scale.data(), p.row_scale = row_scale.data();
   p.rows = c.rows, p.cols = c.cols;
@@ -80,6 +84,7 @@ int check(const Case& c) {
     for (int64_t i = 0; i < c.cols; ++i) {
       if (c.normalize) y[i] = y[i] * rstd;
       if (c.weight) y[i] = y[i] * __bfloat162float(weight[i]);
+      if (c.shift) y[i] = y[i] - __bfloat162float(shift[i]);
       largest = std::max(largest, std::fabs(y[i]));
     }
     float s = 0.37f;
@@ -100,9 +105,10 @@ int check(const Case& c) {
       }
     }
   }
-  std::printf("row_quant %lld x %lld add %d norm %d weight %d scaling %d output %d: %d wrong\n",
-              static_cast<long long>(c.rows), static_cast<long long>(c.cols), c.add, c.normalize,
-              c.weight, static_cast<int>(c.scaling), static_cast<int>(c.output), wrong);
+  std::printf(
+      "row_quant %lld x %lld add %d norm %d weight %d shift %d scaling %d output %d: %d wrong\n",
+      static_cast<long long>(c.rows), static_cast<long long>(c.cols), c.add, c.normalize, c.weight,
+      c.shift, static_cast<int>(c.scaling), static_cast<int>(c.output), wrong);
   return wrong;
 }
 
@@ -152,6 +158,8 @@ int check_all() {
           wrong += check({rows, cols, false, false, false, scaling, output});
         }
       }
+      wrong += check(
+          {rows, cols, rows == 17, true, rows == 3, RowScale::kStatic, RowResult::kInt8, true});
       if (cols % 2 == 0) {
         wrong += check({rows, cols, false, true, true, RowScale::kStatic, RowResult::kPacked});
       }
@@ -167,7 +175,8 @@ int check_all() {
 
 // One launch rotating through copies of x, bytes per element read and written as given.
 void time_row_quant(const char* name, int64_t rows, int64_t cols, bool add, bool normalize,
-                    RowScale scaling, RowResult output, double bytes_per_element, double copy) {
+                    RowScale scaling, RowResult output, double bytes_per_element, double copy,
+                    bool with_shift = false) {
   const size_t count = rows * cols;
   const int copies = std::min(64, copies_out_of_l2(count * (add ? 5 : 3)));
   std::vector<Buffer<__nv_bfloat16>> x, residual;
@@ -179,12 +188,14 @@ void time_row_quant(const char* name, int64_t rows, int64_t cols, bool add, bool
     residual[i].repeat(values);
   }
   const Buffer<float> scale(std::vector<float>{0.37f}), row_scale(rows);
+  const Buffer<__nv_bfloat16> shift(to_bf16(normal_rows(1, cols, false)));
   PQ_CUDA_CHECK(cudaDeviceSynchronize());
   const double us = time_us(copies, [&](int i, cudaStream_t stream) {
     RowQuantParams p;
     p.x = x[i].data(), p.dtype = RowDtype::kBFloat16, p.x_stride = cols;
     if (add) p.residual = residual[i].data(), p.residual_stride = cols;
     p.normalize = normalize, p.eps = 1e-5;
+    if (with_shift) p.shift = shift.data(), p.shift_dtype = RowDtype::kBFloat16;
     p.out = out[i].data(), p.output = output, p.scaling = scaling;
     p.scale = scale.data(), p.row_scale = row_scale.data();
     p.rows = rows, p.cols = cols;
@@ -229,6 +240,8 @@ void time_all() {
       time_row_quant("rmsnorm_quantize", rows, cols, false, true, kStatic, kInt8, 3, copy);
       time_row_quant("rmsnorm_quantize packed", rows, cols, false, true, kStatic, kPacked, 2.5,
                      copy);
+      time_row_quant("rmsnorm_quantize shift", rows, cols, false, true, kStatic, kInt8, 3, copy,
+                     true);
       time_row_quant("add_rmsnorm_quantize", rows, cols, true, true, kStatic, kInt8, 7, copy);
       time_row_quant("rmsnorm_quantize_dynamic", rows, cols, false, true, kDynamic, kInt8, 3, copy);
       time_row_quant("quantize_static", rows, cols, false, false, kStatic, kInt8, 3, copy);

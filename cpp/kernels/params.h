@@ -54,6 +54,8 @@ struct RmsnormRows {
   int64_t residual_stride;
   const void* weight;  // [cols] or null
   FloatType weight_type;
+  const void* shift;  // [cols] or null: subtracted from what the static quantizer gets
+  FloatType shift_type;
   double eps;
   void* y;  // [rows, cols or cols / 2] contiguous
   RowOutput output;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // y = (x * rstd) * weight, rstd = float32(1 / sqrt(mean(x^2) + eps)), then rounded to x's dtype or
-// quantized with a static scale or the row's own; before that, where asked for, x = residual + x,
-// rounded and written back to the residual.
+// quantized with a static scale (less a shift, where there is one) or the row's own; before that,
+// where asked for, x = residual + x, rounded and written back to the residual.
 #include "quantize_dynamic.h"
 
 #include <type_traits>
@@ -47,18 +47,37 @@ PQ_INLINE void normalize(const float* x, float rstd, int64_t cols, Use&& use) {
       cols, [=](int64_t c, int64_t n) PQ_INLINE_LAMBDA { use(c, n, load_piece(x + c, n) * rstd); });
 }
 
-template <typename W>
-PQ_INLINE void normalize_quantize(const float* x, const W* weight, float rstd, int8_t* q,
-                                  int64_t cols, QuantizerParams quantizer) {
+// q[c] = quantize(normalized(c, n) - shift[c]) in pieces; no shift: quantize(normalized(c, n)).
+template <typename Normalized>
+PQ_INLINE void shift_quantize(int8_t* q, const float* shift, int64_t cols,
+                              QuantizerParams quantizer, Normalized&& normalized) {
+  if (!shift) return quantize_each(q, cols, quantizer, normalized);
   quantize_each(q, cols, quantizer, [=](int64_t c, int64_t n) PQ_INLINE_LAMBDA {
+    return normalized(c, n) - load_piece(shift + c, n);
+  });
+}
+
+template <typename W>
+PQ_INLINE void normalize_quantize(const float* x, const W* weight, float rstd, const float* shift,
+                                  int8_t* q, int64_t cols, QuantizerParams quantizer) {
+  shift_quantize(q, shift, cols, quantizer, [=](int64_t c, int64_t n) PQ_INLINE_LAMBDA {
     return (load_piece(x + c, n) * rstd) * load_piece(weight + c, n);
   });
 }
 
-PQ_INLINE void normalize_quantize(const float* x, float rstd, int8_t* q, int64_t cols,
-                                  QuantizerParams quantizer) {
-  quantize_each(q, cols, quantizer,
-                [=](int64_t c, int64_t n) PQ_INLINE_LAMBDA { return load_piece(x + c, n) * rstd; });
+PQ_INLINE void normalize_quantize(const float* x, float rstd, const float* shift, int8_t* q,
+                                  int64_t cols, QuantizerParams quantizer) {
+  shift_quantize(q, shift, cols, quantizer, [=](int64_t c, int64_t n) PQ_INLINE_LAMBDA {
+    return load_piece(x + c, n) * rstd;
+  });
+}
+
+// The shift in float32, where it is or in `scratch`: one type for all rows, so that the kernels
+// above need no third type beside those of x and weight.
+PQ_INLINE const float* float_shift(const RmsnormRows& p, float* scratch) {
+  if (!p.shift || p.shift_type == FloatType::kFloat32) return static_cast<const float*>(p.shift);
+  with_float_type(p.shift_type, p.shift, [&](auto* shift) { load_row(shift, scratch, p.cols); });
+  return scratch;
 }
 
 // residual = residual + x, rounded to T.
@@ -95,12 +114,13 @@ PQ_INLINE void finish_row(const RmsnormRows& p, int64_t row, const T*, float* sc
 
 }  // namespace
 
-// scratch: 2 * round_up(cols, 16) floats and cols bytes.
+// scratch: 3 * round_up(cols, 16) floats and cols bytes.
 void rmsnorm_rows(const RmsnormRows& p, int64_t row_begin, int64_t row_end, float* scratch) {
   const int64_t padded = (p.cols + kSumLanes - 1) / kSumLanes * kSumLanes;
   for (int64_t c = p.cols; c < padded; ++c) scratch[c] = 0.0f;
   float* const normalized = scratch + padded;
-  int8_t* const levels = reinterpret_cast<int8_t*>(normalized + padded);
+  const float* const shift = float_shift(p, normalized + padded);
+  int8_t* const levels = reinterpret_cast<int8_t*>(normalized + 2 * padded);
   // float32 rows of a whole number of lanes are read where they are.
   const bool in_place = p.x_type == FloatType::kFloat32 && padded == p.cols;
   for (int64_t row = row_begin; row < row_end; ++row) {
@@ -125,15 +145,16 @@ void rmsnorm_rows(const RmsnormRows& p, int64_t row_begin, int64_t row_end, floa
             p, row, from, normalized, levels,
             [=](auto use) PQ_INLINE_LAMBDA { normalize(x, rstd, p.cols, use); },
             [=](int8_t* q)
-                PQ_INLINE_LAMBDA { normalize_quantize(x, rstd, q, p.cols, p.quantizer); });
+                PQ_INLINE_LAMBDA { normalize_quantize(x, rstd, shift, q, p.cols, p.quantizer); });
         return;
       }
       with_float_type(p.weight_type, p.weight, [&](auto* weight) {
         finish_row(
             p, row, from, normalized, levels,
             [=](auto use) PQ_INLINE_LAMBDA { normalize(x, weight, rstd, p.cols, use); },
-            [=](int8_t* q)
-                PQ_INLINE_LAMBDA { normalize_quantize(x, weight, rstd, q, p.cols, p.quantizer); });
+            [=](int8_t* q) PQ_INLINE_LAMBDA {
+              normalize_quantize(x, weight, rstd, shift, q, p.cols, p.quantizer);
+            });
       });
     });
   }

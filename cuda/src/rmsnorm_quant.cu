@@ -21,7 +21,7 @@ bool fits_vectors(const RowQuantParams& p) {
   const int64_t widest = p.dtype == RowDtype::kFloat32 ? 16384 : 32768;
   return p.cols % 8 == 0 && p.cols <= widest && aligned(p.x, p.x_stride, bytes) &&
          (!p.residual || aligned(p.residual, p.residual_stride, bytes)) &&
-         (!p.weight || aligned(p.weight, 0, 1)) && aligned(p.out, 0, 1);
+         aligned(p.weight, 0, 1) && aligned(p.shift, 0, 1) && aligned(p.out, 0, 1);
 }
 
 template <typename T, bool kNormalize, RowScale kScaling>
@@ -81,6 +81,8 @@ void launch_row_quant(const RowQuantParams& p, cudaStream_t stream) {
   PQ_REQUIRE((p.scaling == RowScale::kNone) == (p.output == RowResult::kFloat) &&
                  (p.scaling != RowScale::kNone || p.normalize),
              "row_quant: a float output goes with RMSNorm and no scale");
+  PQ_REQUIRE(!p.shift || (p.normalize && p.scaling == RowScale::kStatic),
+             "row_quant: a shift goes with RMSNorm and a static scale");
   if (p.rows == 0) return;
   const CurrentDevice device;
   switch (p.dtype) {

@@ -23,10 +23,12 @@ class DecoderStep:
     def add_block(
         self,
         input_norm: Tensor | None,
+        input_shift: Tensor | None,
         qkv: tuple[Tensor, Tensor, Tensor, Tensor | None],
         attention: tuple[Tensor | None, ...],
         o: tuple[Tensor, Tensor, Tensor, Tensor | None],
         post_norm: Tensor | None,
+        post_shift: Tensor | None,
         gate_up: tuple[Tensor, Tensor, Tensor, Tensor | None],
         down: tuple[Tensor, Tensor, Tensor, Tensor | None],
     ) -> None: ...
@@ -39,6 +41,7 @@ def add_rmsnorm_quantize(
     eps: float,
     scale: Tensor,
     bits: int,
+    shift: Tensor | None,
     q: Tensor,
 ) -> None: ...
 def available_isas() -> list[str]: ...
@@ -149,6 +152,7 @@ def rmsnorm_quantize(
     eps: float,
     scale: Tensor,
     bits: int,
+    shift: Tensor | None,
     q: Tensor,
 ) -> None: ...
 def rmsnorm_quantize_dynamic(

@@ -20,27 +20,40 @@
 
 namespace prefixquant {
 
-// y = (x * rstd) * weight of 8 elements; `at` is the index of the first.
-template <typename W>
-__device__ __forceinline__ void scale_by_weight(float (&v)[8], const void* weight, int64_t at) {
+// v[i] = combine(v[i], channel at + i of a vector of `dtype`) of 8 elements.
+template <typename W, typename Combine>
+__device__ __forceinline__ void with_channels(float (&v)[8], const void* channels, int64_t at,
+                                              Combine combine) {
   RawVector<W> raw;
-  raw.load(static_cast<const W*>(weight) + at);
+  raw.load(static_cast<const W*>(channels) + at);
   float w[8];
   to_floats(raw, w);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = __fmul_rn(v[i], w[i]);
+  for (int i = 0; i < 8; ++i) v[i] = combine(v[i], w[i]);
 }
 
+template <typename Combine>
+__device__ __forceinline__ void with_channels(float (&v)[8], const void* channels, RowDtype dtype,
+                                              int64_t at, Combine combine) {
+  switch (dtype) {
+    case RowDtype::kFloat32:
+      return with_channels<float>(v, channels, at, combine);
+    case RowDtype::kBFloat16:
+      return with_channels<__nv_bfloat16>(v, channels, at, combine);
+    case RowDtype::kFloat16:
+      return with_channels<__half>(v, channels, at, combine);
+  }
+}
+
+// y = (x * rstd) * weight; `at` is the index of the first of 8 elements.
 __device__ __forceinline__ void scale_by_weight(float (&v)[8], const RowQuantParams& p,
                                                 int64_t at) {
-  switch (p.weight_dtype) {
-    case RowDtype::kFloat32:
-      return scale_by_weight<float>(v, p.weight, at);
-    case RowDtype::kBFloat16:
-      return scale_by_weight<__nv_bfloat16>(v, p.weight, at);
-    case RowDtype::kFloat16:
-      return scale_by_weight<__half>(v, p.weight, at);
-  }
+  with_channels(v, p.weight, p.weight_dtype, at, [](float y, float w) { return __fmul_rn(y, w); });
+}
+
+// y - shift, rounded by itself.
+__device__ __forceinline__ void subtract_shift(float (&v)[8], const RowQuantParams& p, int64_t at) {
+  with_channels(v, p.shift, p.shift_dtype, at, [](float y, float s) { return __fsub_rn(y, s); });
 }
 
 __device__ __forceinline__ void store_levels(const float (&v)[8], const RowQuantParams& p,
@@ -128,7 +141,11 @@ __global__ void __launch_bounds__(kMaxThreads) row_quant_kernel(const RowQuantPa
     if constexpr (kNormalize) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) v[j] = __fmul_rn(v[j], rstd);
-      if (p.weight) scale_by_weight(v, p, 8 * (i * threads_per_row + thread));
+      const int at = 8 * (i * threads_per_row + thread);
+      if (p.weight) scale_by_weight(v, p, at);
+      if constexpr (kScaling == RowScale::kStatic) {
+        if (p.shift) subtract_shift(v, p, at);
+      }
     }
   };
 
@@ -166,16 +183,16 @@ __global__ void __launch_bounds__(kMaxThreads) row_quant_kernel(const RowQuantPa
   }
 }
 
-__device__ __forceinline__ float weight_at(const RowQuantParams& p, int64_t c) {
-  switch (p.weight_dtype) {
+__device__ __forceinline__ float channel(const void* channels, RowDtype dtype, int64_t c) {
+  switch (dtype) {
     case RowDtype::kFloat32:
-      return static_cast<const float*>(p.weight)[c];
+      return static_cast<const float*>(channels)[c];
     case RowDtype::kBFloat16:
-      return to_float(static_cast<const __nv_bfloat16*>(p.weight)[c]);
+      return to_float(static_cast<const __nv_bfloat16*>(channels)[c]);
     case RowDtype::kFloat16:
-      return to_float(static_cast<const __half*>(p.weight)[c]);
+      return to_float(static_cast<const __half*>(channels)[c]);
   }
-  return 1.0f;
+  return 0.0f;
 }
 
 // Any width, alignment and stride.
@@ -208,7 +225,8 @@ __global__ void __launch_bounds__(256) row_quant_scalar_kernel(const RowQuantPar
   const auto normalized = [&](int64_t c) {
     float v = to_float(x[c]);
     if (p.normalize) v = __fmul_rn(v, rstd);
-    return p.weight ? __fmul_rn(v, weight_at(p, c)) : v;
+    if (p.weight) v = __fmul_rn(v, channel(p.weight, p.weight_dtype, c));
+    return p.shift ? __fsub_rn(v, channel(p.shift, p.shift_dtype, c)) : v;
   };
   Quantizer quantizer{1.0f, p.qmin, p.qmax};
   if (p.scaling == RowScale::kStatic) quantizer.inv_scale = __fdiv_rn(1.0f, *p.scale);

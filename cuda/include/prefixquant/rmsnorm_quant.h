@@ -5,6 +5,7 @@
 // Computes, for each row x [C]:
 //   x = round(residual + x), written back to the residual      where there is a residual
 //   y = (x * rstd) * weight, rstd = float32(1 / sqrt(mean(x^2) + eps))      where kNormalize
+//   y = y - shift                              where there is a shift, before a static scale only
 //   out = y rounded to x's dtype, or clamp(rint(y * (1 / scale)), qmin, qmax) as int8 or nibbles
 // The mean is summed in float64, everything else is float32, each operation rounded. The scale is
 // one float in device memory, or clip * max|y| / qmax of the row (1 where that is 0), written to
@@ -29,6 +30,8 @@ struct RowQuantParams {
   bool normalize = false;                      // false: y = x
   const void* weight = nullptr;                // [cols], may be nullptr
   RowDtype weight_dtype = RowDtype::kFloat16;  //
+  const void* shift = nullptr;                 // [cols], may be nullptr
+  RowDtype shift_dtype = RowDtype::kFloat16;   //
   double eps = 0.0;                            //
   void* out = nullptr;                   // [rows, cols] contiguous, or [rows, cols / 2] packed
   RowResult output = RowResult::kInt8;   //
@@ -43,9 +46,9 @@ struct RowQuantParams {
 };
 
 // Asynchronous on `stream`, no allocation, no synchronisation. On sm_90 and later the launch
-// overlaps the end of the kernel before it (programmatic dependent launch): the weight must not be
-// written by that kernel. Throws std::invalid_argument for impossible arguments and
-// std::runtime_error for CUDA errors.
+// overlaps the end of the kernel before it (programmatic dependent launch): the weight and the
+// shift must not be written by that kernel. Throws std::invalid_argument for impossible arguments
+// and std::runtime_error for CUDA errors.
 void launch_row_quant(const RowQuantParams& params, cudaStream_t stream);
 
 }  // namespace prefixquant

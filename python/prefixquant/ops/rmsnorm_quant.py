@@ -15,10 +15,26 @@ def _run_rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def _run_rmsnorm_quantize(
-    x: Tensor, weight: Tensor | None, eps: float, scale: Tensor, bits: int, packed: bool = False
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    scale: Tensor,
+    bits: int,
+    packed: bool = False,
+    shift: Tensor | None = None,
 ) -> Tensor:
     q = new_levels(x, packed)
-    launch("rmsnorm_quantize", x, x=as_rows(x), weight=weight, eps=eps, scale=scale, bits=bits, q=q)
+    launch(
+        "rmsnorm_quantize",
+        x,
+        x=as_rows(x),
+        weight=weight,
+        eps=eps,
+        scale=scale,
+        bits=bits,
+        q=q,
+        shift=shift,
+    )
     return q
 
 
@@ -30,6 +46,7 @@ def _run_add_rmsnorm_quantize(
     scale: Tensor,
     bits: int,
     packed: bool = False,
+    shift: Tensor | None = None,
 ) -> Tensor:
     q = new_levels(x, packed)
     rows = as_rows(residual)
@@ -43,6 +60,7 @@ def _run_add_rmsnorm_quantize(
         scale=scale,
         bits=bits,
         q=q,
+        shift=shift,
     )
     if rows is not residual:
         residual.copy_(rows)
@@ -73,14 +91,16 @@ _rmsnorm = define_on_every_device(
 )
 _rmsnorm_quantize = define_on_every_device(
     "rmsnorm_quantize(Tensor x, Tensor? weight, float eps, Tensor scale, int bits, "
-    "bool packed=False) -> Tensor",
-    fake=lambda x, weight, eps, scale, bits, packed=False: new_levels(x, packed),
+    "bool packed=False, Tensor? shift=None) -> Tensor",
+    fake=lambda x, weight, eps, scale, bits, packed=False, shift=None: new_levels(x, packed),
     run=_run_rmsnorm_quantize,
 )
 _add_rmsnorm_quantize = define_on_every_device(
     "add_rmsnorm_quantize(Tensor(a!) residual, Tensor x, Tensor? weight, float eps, Tensor scale, "
-    "int bits, bool packed=False) -> Tensor",
-    fake=lambda residual, x, weight, eps, scale, bits, packed=False: new_levels(x, packed),
+    "int bits, bool packed=False, Tensor? shift=None) -> Tensor",
+    fake=lambda residual, x, weight, eps, scale, bits, packed=False, shift=None: new_levels(
+        x, packed
+    ),
     run=_run_add_rmsnorm_quantize,
 )
 _rmsnorm_quantize_dynamic = define_on_every_device(
@@ -112,11 +132,19 @@ def rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def rmsnorm_quantize(
-    x: Tensor, weight: Tensor | None, eps: float, scale: Tensor, bits: int, packed: bool = False
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    scale: Tensor,
+    bits: int,
+    packed: bool = False,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """``quantize_static((x * rstd) * weight)``, ``rstd = float32(1 / sqrt(mean(x^2) + eps))``.
+    """``quantize_static((x * rstd) * weight - shift)``,
+    ``rstd = float32(1 / sqrt(mean(x^2) + eps))``.
 
-    The mean and rstd are taken in float64, the two products in float32, each rounded.
+    The mean and rstd are taken in float64, the two products and the difference in float32, each
+    rounded.
 
     Args:
         x: float32, bfloat16 or float16 [..., C], any strides.
@@ -125,6 +153,9 @@ def rmsnorm_quantize(
         scale: float32 [] (no dimension), above 0.
         bits: 2 to 8.
         packed: two values a byte, as `pack_int4`; needs an even C and at most 4 bits.
+        shift: floating [C], contiguous, its dtype independent of the others', or None: no shift. A
+            static mean of the activations is left out of the levels and comes back in the bias of
+            the next linear.
 
     Returns:
         int8, the shape of x, contiguous; packed uint8 [..., C/2].
@@ -132,7 +163,7 @@ def rmsnorm_quantize(
     Raises:
         ValueError: a wrong dtype, rank, size, ``eps`` or ``bits``.
     """
-    return _rmsnorm_quantize(x, weight, eps, scale, bits, packed)
+    return _rmsnorm_quantize(x, weight, eps, scale, bits, packed, shift)
 
 
 def add_rmsnorm_quantize(
@@ -143,13 +174,14 @@ def add_rmsnorm_quantize(
     scale: Tensor,
     bits: int,
     packed: bool = False,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """``residual += x``, rounded to its dtype, then ``rmsnorm_quantize(residual, ...)``.
 
     Args:
         residual: float32, bfloat16 or float16 [..., C], any strides; written in place.
         x: the dtype and shape of residual, any strides.
-        weight, eps, scale, bits, packed: as for `rmsnorm_quantize`.
+        weight, eps, scale, bits, packed, shift: as for `rmsnorm_quantize`.
 
     Returns:
         As `rmsnorm_quantize`.
@@ -157,7 +189,7 @@ def add_rmsnorm_quantize(
     Raises:
         ValueError: a wrong dtype, rank, size, ``eps`` or ``bits``.
     """
-    return _add_rmsnorm_quantize(residual, x, weight, eps, scale, bits, packed)
+    return _add_rmsnorm_quantize(residual, x, weight, eps, scale, bits, packed, shift)
 
 
 def rmsnorm_quantize_dynamic(

@@ -65,6 +65,7 @@ class CpuStep:
         for layer, block in enumerate(weights.blocks):
             step.add_block(
                 input_norm=block.input_norm.weight,
+                input_shift=block.input_norm.shift,
                 qkv=self._linear(block.qkv),
                 attention=(
                     block.q_norm,
@@ -78,6 +79,7 @@ class CpuStep:
                 ),
                 o=self._linear(block.o),
                 post_norm=block.post_norm.weight,
+                post_shift=block.post_norm.shift,
                 gate_up=self._linear(block.gate_up),
                 down=self._linear(block.down),
             )

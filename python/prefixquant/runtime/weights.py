@@ -14,13 +14,12 @@ from torch import Tensor
 
 from prefixquant import _C, ops
 from prefixquant.checkpoint import Checkpoint, read_checkpoint
+from prefixquant.checkpoint_layout import shift_tensor
 from prefixquant.dtypes import usual_dtype
 from prefixquant.errors import UnsupportedModelError, UserError
 from prefixquant.hadamard import hadamard_signs, split_size
-from prefixquant.roles import POINTS, Geometry, Roles, model_geometry, model_roles
+from prefixquant.roles import POINT_OF, Geometry, Roles, model_geometry, model_roles
 from prefixquant.runtime.head import Head, make_head
-
-_POINT_OF = {role: point for point, roles in POINTS.items() for role in roles}
 
 
 @dataclass(frozen=True)
@@ -49,15 +48,18 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """``quantize(x / rms(x) * weight)`` for the linear behind it."""
+    """``quantize(x / rms(x) * weight - shift)`` for the linear behind it."""
 
     weight: Tensor | None  # None: all ones, because it is folded into that linear
     eps: float
     output_scale: Tensor  # float32 [], the input scale of that linear
     output_bits: int
+    shift: Tensor | None = None  # floating [C], which that linear's bias brings back
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.rmsnorm_quantize(x, self.weight, self.eps, self.output_scale, self.output_bits)
+        return ops.rmsnorm_quantize(
+            x, self.weight, self.eps, self.output_scale, self.output_bits, shift=self.shift
+        )
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,7 @@ class _Reader:
         return Linear(
             prepack(weight),
             torch.cat([self.tensor(f"{path}.weight_scale") for path in paths]),
-            self.tensor(f"{block}.{self.roles.point_scales[_POINT_OF[linear_roles[0]]]}"),
+            self.tensor(f"{block}.{self.roles.point_scales[POINT_OF[linear_roles[0]]]}"),
             self.bias(paths),
             (self.scheme.weight_bits, self.scheme.activation_bits),
             self.dtype,
@@ -282,7 +284,12 @@ class _Reader:
             self.geometry.eps,
             self.tensor(f"{block}.{self.roles.point_scales[point]}"),
             self.scheme.activation_bits,
+            self.shift(block, point),
         )
+
+    def shift(self, block: str, point: str) -> Tensor | None:
+        name = f"{block}.{shift_tensor(self.roles.point_scales[point])}"
+        return self.tensor(name) if name in self.tensors else None
 
     def head_norm(self, name: str) -> Tensor | None:
         return self.tensor(name).to(self.dtype) if self.roles.qk_norm else None
