@@ -217,6 +217,24 @@ def test_biases_and_norms_of_each_family(model_type, flags, biased):
     assert ("model.layers.0.self_attn.q_norm.weight" in specs) == (model_type == "qwen3")
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_centred_checkpoint_has_shifts_and_all_biases(model_type):
+    config = {**CONFIG, "model_type": model_type}
+    plain = expected_tensors(ModelSizes.from_config(config), quantization())
+    specs = expected_tensors(ModelSizes.from_config(config), quantization(centred=True))
+    layer = "model.layers.1."
+    assert plain.items() <= specs.items()
+    added = {n.removeprefix(layer): s.shape for n, s in specs.items() - plain.items() if layer in n}
+    rows = {"self_attn": {"q": 8, "k": 4, "v": 4, "o": 8}, "mlp": {"gate": 16, "up": 16, "down": 8}}
+    expected = {"self_attn.input_shift": (8,), "mlp.input_shift": (8,)}
+    for part, linears in rows.items():
+        for role, n in linears.items():
+            if not (model_type == "qwen2" and role in "qkv"):
+                expected[f"{part}.{role}_proj.bias"] = (n,)
+    assert added == expected
+    assert specs[f"{layer}mlp.input_shift"].dtypes == ("F16", "BF16")
+
+
 @pytest.mark.parametrize("scheme", [(4, 4, 4), (4, 8, 8), (8, 8, 16), (4, 16, 16)])
 @pytest.mark.parametrize("prefix", [(), (1,), (5, 7, 1)])
 def test_round_trip(tmp_path, scheme, prefix):
@@ -451,6 +469,9 @@ def test_garbage_weights(checkpoint, content, message):
         ("quantization_config__weight_bits", 4.0, "weight_bits expected an integer"),
         ("quantization_config__weight_bits", [4], "weight_bits"),
         ("quantization_config__kv_bits", 16, "k_scale' does not belong"),
+        ("quantization_config__centred", True, "bias is missing"),
+        ("quantization_config__centred", 1, "centred expected true"),
+        ("quantization_config__centred", "no", "centred expected true"),
         ("quantization_config__activation_bits", 16, "input_scale' does not belong"),
         ("quantization_config__rotations", 7, "rotations expected an object"),
         ("quantization_config__rotations__r4_block_size", 5, "r4_block_size expected a divisor"),

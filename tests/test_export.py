@@ -109,7 +109,7 @@ def test_the_view_holds_the_integers_of_the_checkpoint(tmp_path, scheme, down_pr
     ("family", "scheme", "down_proj"),
     [
         ("llama", "w4a4kv4", "int4"),
-        ("qwen3", "w4a4kv4", "16bit"),
+        ("qwen3", "w4a16kv16", "16bit"),
         ("qwen2", "w8a16kv16", "int4"),
     ],
 )
@@ -122,7 +122,8 @@ def test_stock_transformers_runs_it(tmp_path, family, scheme, down_proj):
     folder = save(tmp_path / "q", family, scheme)
     export_compressed_tensors(folder, tmp_path / "view", down_proj=down_proj)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "view", dtype=torch.float32)
-    plain = tiny_family(family, **SIZES, tie_word_embeddings=False)
+    biases = {"attention_bias": True, "mlp_bias": True} if scheme == "w4a4kv4" else {}
+    plain = tiny_family(family, **SIZES, tie_word_embeddings=False, **biases)
     tensors = load_file(tmp_path / "view" / "model.safetensors")
     state = {n: t.float() for n, t in tensors.items() if n.endswith((".weight", ".bias"))}
     state |= {f"{n}.weight": w for n, w in dequantized(tmp_path / "view").items()}
@@ -135,6 +136,33 @@ def test_stock_transformers_runs_it(tmp_path, family, scheme, down_proj):
         true = tiny_family(family, **SIZES)(prompt).logits
         assert (expected - true).square().sum() / true.square().sum() < 5e-3
     assert AutoTokenizer.from_pretrained(tmp_path / "view")("ab")["input_ids"]
+
+
+def test_what_is_subtracted_moves_into_the_biases(tmp_path):
+    """The view's linears give on x what the checkpoint's give on x less its shift."""
+    folder = save(tmp_path / "q", scheme="w8a8kv8")
+    export_compressed_tensors(folder, tmp_path / "view", down_proj="16bit")
+    checkpoint, view = read_checkpoint(folder), load_file(tmp_path / "view" / "model.safetensors")
+    config = json.loads((tmp_path / "view" / "config.json").read_text())
+    assert config["attention_bias"] is config["mlp_bias"] is True
+    weights, x = dequantized(tmp_path / "view"), torch.randn(64)
+    for name, point in (("self_attn.k_proj", "self_attn"), ("mlp.up_proj", "mlp")):
+        linear = f"model.layers.1.{name}"
+        shift = checkpoint.tensors[f"model.layers.1.{point}.input_shift"].float()
+        assert shift.norm() > 0.1
+        actual = weights[linear] @ x + view[f"{linear}.bias"].float()
+        expected = weights[linear] @ (x - shift) + checkpoint.tensors[f"{linear}.bias"]
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_a_family_without_places_for_biases_is_refused(tmp_path, family):
+    folder = save(tmp_path / "q", family, "w4a4kv4")
+    with pytest.raises(UserError, match=f"format of a {family} has no place.*centre: false"):
+        export_compressed_tensors(folder, tmp_path / "view")
+    assert not (tmp_path / "view").exists()
+    plain = save(tmp_path / "plain", family, "w4a4kv4", centre=False)
+    export_compressed_tensors(plain, tmp_path / "view")
 
 
 def test_the_package_packs_alike():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning: gradients of the quantizer, the learned block, Block-AP and end-to-end training."""
 
+import copy
 import dataclasses
 from itertools import pairwise
 
@@ -11,7 +12,8 @@ from prefixquant.block import PrefixKV, block_forward
 from prefixquant.calibrate import Streams, calibrate_block
 from prefixquant.config import FinetuneConfig, RecipeConfig, Scheme
 from prefixquant.counted import Counted
-from prefixquant.decoder import FloatDecoder, compute_device, place_model
+from prefixquant.decoder import compute_device, place_model
+from prefixquant.decoder_setup import make_decoder
 from prefixquant.errors import UserError
 from prefixquant.finetune import BlockTuner, EndToEnd, Learned, LearnedBlock, Teacher
 from prefixquant.finetune.activations import ActivationStore
@@ -38,10 +40,11 @@ class Setting:
 
     def __init__(self, family: str = "llama", scheme: str = "w4a4kv4", samples: int = 20):
         model = tiny_family(family)
-        self.decoder = FloatDecoder(model, plan_rotations(model_geometry(model.config)))
+        self.ids = torch.randint(0, 97, (samples, 24), generator=torch.Generator().manual_seed(5))
+        plan = plan_rotations(model_geometry(model.config))
+        self.decoder = make_decoder(model, plan, self.ids, (3,), balance=True, centre=True, eta=64)
         self.prefix = self.decoder.prefix((3,))
         self.scheme = Scheme.parse(scheme)
-        self.ids = torch.randint(0, 97, (samples, 24), generator=torch.Generator().manual_seed(5))
         start = self.decoder.embed(self.ids[:4])
         self.streams = Streams(start, start.clone())
 
@@ -199,6 +202,28 @@ def test_every_learned_tensor_gets_a_gradient():
     for name, parameter in learned.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_frozen_block_stays_when_the_next_takes_its_place(family):
+    setting = Setting(family)
+    original, block = setting.calibrated(0)
+    learned = LearnedBlock(block, original, setting.prefix[0], Learned())
+    frozen, prefix = learned.freeze()
+    kept = copy.deepcopy((frozen, prefix))
+    with torch.no_grad():
+        for tensor in (*learned.parameters(), *learned.buffers()):
+            tensor.add_(1)
+    assert same_block(frozen, kept[0])
+    assert torch.equal(prefix.key, kept[1].key)
+    for name in ("input_norm", "post_norm", "q_norm", "k_norm"):
+        mine, theirs = (getattr(b.simulated, name) for b in (frozen, kept[0]))
+        assert mine is theirs is None or torch.equal(mine, theirs)
+    for name in ("biases", "shifts"):
+        mine, theirs = (getattr(b.simulated, name) for b in (frozen, kept[0]))
+        assert mine.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert mine[key] is value is None or torch.equal(mine[key], value)
 
 
 def test_heads_keep_one_scale_at_8_bits():

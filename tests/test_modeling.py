@@ -30,7 +30,7 @@ def recipe(scheme: str, prefix: str = "text:ab") -> RecipeConfig:
         prefix=prefix,
         nsamples=2,
         seqlen=32,
-        search_samples=2,
+        search_samples=12,  # with fewer, tokens that none of them holds are cut off
         search_seqlen=32,
     )
 

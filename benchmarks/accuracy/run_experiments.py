@@ -67,13 +67,16 @@ def without_search():
 
 def components(bench: Workbench) -> Iterator[Row]:
     """The method built up part by part (W4A4KV4)."""
-    plain = Setting("", rotate=False, balance=False, prefix=(), solver="rtn", compensation=0)
+    plain = Setting(
+        "", rotate=False, balance=False, centre=False, prefix=(), solver="rtn", compensation=0
+    )
     steps = (
         ("round to nearest, min-max static scales", {}, without_search),
         ("+ rotations", {"rotate": True}, without_search),
         ("+ searched scales", {}, None),
         ("+ prefix", {"prefix": None}, None),
         ("+ balance", {"balance": True}, None),
+        ("+ centre", {"centre": True}, None),
         ("+ GPTQ", {"solver": "gptq"}, None),
         ("GPTQ -> QuantEase", {"solver": "quantease"}, None),
         ("+ compensation, RTN", {"solver": "rtn", "compensation": COMPENSATION}, None),

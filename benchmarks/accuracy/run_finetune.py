@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 from prefixquant import progress as progress_module
-from prefixquant.balance_measure import make_decoder
 from prefixquant.block import PrefixKV
 from prefixquant.block_pipeline import BlockPipeline, FinishedBlock, Samples
 from prefixquant.config import FinetuneConfig, RecipeConfig, Scheme
 from prefixquant.decoder import FloatDecoder
+from prefixquant.decoder_setup import make_decoder
 from prefixquant.doctor import environment
 from prefixquant.prefix import paper_prefix
 from prefixquant.report import peak_memory_bytes, replace_files, report_json
@@ -59,6 +59,7 @@ class Run:
             e2e_epochs=self.e2e_epochs,
             samples=arguments.train_samples,
             seqlen=arguments.train_seqlen,
+            batch=arguments.batch,
             validation_samples=max(1, arguments.train_samples // 16),
             weight_rate=arguments.weight_rate,
             scale_rate=arguments.scale_rate,
@@ -75,8 +76,9 @@ class Run:
             prefix=self.prefix,
             solver=arguments.solver,
             search_samples=arguments.search_samples,
-            search_seqlen=arguments.train_seqlen,
+            search_seqlen=RecipeConfig().search_seqlen,
             balance=arguments.balance,
+            centre=arguments.centre,
             finetune=tuning,
         )
 
@@ -95,11 +97,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
     parser.add_argument("--train-samples", type=int, default=defaults.samples)
     parser.add_argument("--train-seqlen", type=int, default=defaults.seqlen)
+    parser.add_argument("--batch", type=int, default=defaults.batch)
     parser.add_argument("--search-samples", type=int, default=RecipeConfig().search_samples)
     parser.add_argument("--solver", default=RecipeConfig().solver)
-    parser.add_argument(
-        "--balance", action=argparse.BooleanOptionalAction, default=RecipeConfig().balance
-    )
+    for name in ("balance", "centre"):
+        default = getattr(RecipeConfig(), name)
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default)
     parser.add_argument("--patience", type=int, default=defaults.patience)
     rates = ("weight_rate", "scale_rate", "e2e_weight_rate", "e2e_scale_rate", "e2e_prefix_rate")
     for name in rates:
@@ -159,6 +162,7 @@ class Measurement:
             samples,
             self.ids,
             balance=recipe.balance,
+            centre=recipe.centred,
             eta=recipe.eta,
             device=self.bench.device,
         )

@@ -48,9 +48,9 @@ SETTINGS = (
     "w4a8kv4:verified:plain",
     "w4a4kv4:none:plain",
 )
-# Static quantization as in PrefixQuant without fine-tuning: rounded weights, nothing compensated or
-# balanced.
-PLAIN = {"solver": "rtn", "compensation": 0.0, "balance": False}
+# Static quantization as in PrefixQuant without fine-tuning: rounded weights, nothing compensated,
+# balanced or centred.
+PLAIN = {"solver": "rtn", "compensation": 0.0, "balance": False, "centre": False}
 REFERENCE = "float, verified prefix"
 
 

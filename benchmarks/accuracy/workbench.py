@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 from prefixquant import text as texts
-from prefixquant.balance_measure import make_decoder
 from prefixquant.block import BlockScales, PrefixKV, block_forward
 from prefixquant.calibrate import Streams, calibrate_block
 from prefixquant.config import COMPENSATION, RecipeConfig, Scheme
 from prefixquant.decoder import FloatDecoder
+from prefixquant.decoder_setup import make_decoder
 from prefixquant.loading import load_float_model
 from prefixquant.prefix import PrefixSearch, search_prefix
 from prefixquant.roles import BlockWeights, model_geometry
@@ -39,6 +39,7 @@ class Setting:
     prefix: tuple[int, ...] | None = None  # None: the verified prefix
     rotate: bool = True
     balance: bool = RecipeConfig().balance
+    centre: bool = RecipeConfig().centre
     solver: str = RecipeConfig().solver
     compensation: float = COMPENSATION
     samples: int = RecipeConfig().search_samples
@@ -101,7 +102,7 @@ class Workbench:
     @torch.no_grad()
     def quantize(self, setting: Setting) -> Simulated:
         ids = self.search.prefix if setting.prefix is None else setting.prefix
-        length = RecipeConfig().search_seqlen
+        length, scheme = RecipeConfig().search_seqlen, Scheme.parse(setting.scheme)
         samples = sample_windows(
             self.calibration(setting.text), setting.samples, length, setting.seed
         )
@@ -112,6 +113,7 @@ class Workbench:
             samples,
             ids,
             balance=setting.balance,
+            centre=setting.centre and scheme.activation_bits < 16,
             eta=RecipeConfig().eta,
             device=self.device,
         )
@@ -123,7 +125,7 @@ class Workbench:
             calibrated = calibrate_block(
                 decoder.block(index),
                 decoder.shape,
-                Scheme.parse(setting.scheme),
+                scheme,
                 decoder.rope(length),
                 prefix[index],
                 streams,

@@ -2,52 +2,18 @@
 """The balance of a model's blocks (`prefixquant.balance`), measured on samples."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prefixquant.balance import BlockBalance, balanced, balanced_heads
-from prefixquant.block import PrefixKV, block_forward
+from prefixquant.block import PrefixKV
 from prefixquant.counted import Counted
 from prefixquant.decoder import FloatDecoder
+from prefixquant.observe import observe_blocks
 from prefixquant.roles import BlockWeights, Geometry
-from prefixquant.rotate import RotationPlan, plan_rotations
-
-SAMPLES = 8  # of those that calibration searches on: 8192 tokens give a channel's size
-
-
-@torch.no_grad()
-def make_decoder(
-    model: nn.Module,
-    plan: RotationPlan,
-    samples: Tensor,
-    prefix: tuple[int, ...],
-    *,
-    balance: bool,
-    eta: float,
-    device: torch.device | str = "cpu",
-) -> FloatDecoder:
-    """The decoder of ``plan``; with ``balance`` and rotations, its blocks balanced on the first
-    samples with the prefix in place.
-
-    Args:
-        samples: int64 [n, T].
-        eta: of the outlier scan: tokens that stand out do not count (`Counted`).
-    """
-    if not (balance and plan.rotations.r4):
-        return FloatDecoder(model, plan, device=device)
-    plain = FloatDecoder(model, plan_rotations(plan.geometry, rotate=False), device=device)
-    samples = samples[:SAMPLES]
-    counted = Counted(samples.shape, len(prefix), eta, plain.device)
-    found = measure_balance(plain, samples, plain.prefix(prefix), counted)
-    return FloatDecoder(model, plan, device=device, balance=found)
 
 
 def measure_balance(
-    decoder: FloatDecoder,
-    samples: Tensor,
-    prefix: list[PrefixKV],
-    counted: Counted,
-    *,
-    batch: int = 2,
+    decoder: FloatDecoder, samples: Tensor, prefix: list[PrefixKV], counted: Counted
 ) -> list[BlockBalance]:
     """The balance of every block on samples, with the prefix in place.
 
@@ -56,21 +22,11 @@ def measure_balance(
         samples: int64 [n, T].
         counted: the tokens that count.
     """
-    x, rope = decoder.embed(samples), decoder.rope(samples.shape[1])
     found = []
-    for index in range(len(decoder)):
-        block = decoder.block(index)
+    for block, batches in observe_blocks(decoder, samples, prefix, counted):
         sums = _SquareSums()
-        for start in range(0, len(samples), batch):
-            rows = slice(start, start + batch)
-            look, seen = counted.tap(rows), {}
-
-            def tap(name: str, value: Tensor, look=look, seen=seen) -> None:
-                look(name, value)
-                seen[name] = value
-
-            x[rows] = block_forward(block, decoder.shape, x[rows], rope, prefix[index], tap=tap)
-            sums.add(seen, counted.mask[rows])
+        for seen, mask in batches:
+            sums.add(seen, mask)
         found.append(sums.balance(block, decoder.geometry))
     return found
 

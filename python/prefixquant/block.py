@@ -87,6 +87,12 @@ def quantize_point(x: Tensor, point: str, scales: BlockScales) -> Tensor:
     return quantizer(x, scale, scales.activation_bits)
 
 
+def read_by(block: BlockWeights, point: str, x: Tensor) -> Tensor:
+    """A normed x as the linears of its activation point read it: with the shift taken out."""
+    shift = block.shifts.get(point)
+    return x if shift is None else x - shift
+
+
 def quantize_heads(x: Tensor, scale: Tensor | None, bits: int, mode: str = "static") -> Tensor:
     """Fake quantization of K or V [B, H, T, D], one scale (or clip) per head [H]."""
     if scale is None:
@@ -149,7 +155,7 @@ def attention_half(
 ) -> Tensor:
     """``x + o_proj(attention(q, k, v))`` for x [B, T, C]."""
     scales = scales or BlockScales()
-    normed = rms_norm(x, block.input_norm, shape.geometry.eps)
+    normed = read_by(block, "qkv", rms_norm(x, block.input_norm, shape.geometry.eps))
     tap("qkv", normed)
     q, k, v = project_qkv(block, shape, quantize_point(normed, "qkv", scales), rope)
     for name, value in (("q", q), ("k", k), ("v", v)):
@@ -170,7 +176,7 @@ def mlp_half(
 ) -> Tensor:
     """``x + down_proj(R4(silu(gate) * up))`` for x [B, T, C]."""
     scales = scales or BlockScales()
-    normed = rms_norm(x, block.post_norm, shape.geometry.eps)
+    normed = read_by(block, "gate_up", rms_norm(x, block.post_norm, shape.geometry.eps))
     tap("gate_up", normed)
     normed = quantize_point(normed, "gate_up", scales)
     inner = F.silu(linear(block, "gate", normed)) * linear(block, "up", normed)

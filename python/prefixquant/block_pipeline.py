@@ -163,7 +163,8 @@ class BlockPipeline:
         if not (self.end_to_end_epochs and self.recipe.finetune.e2e_weights):
             latents = {}
         report = block_report(index, block) | report
-        return block, SavedBlock(block.weights, block.scales, report, latents)
+        biases = {role: b for role, b in block.simulated.biases.items() if b is not None}
+        return block, SavedBlock(block.weights, block.scales, biases, report, latents)
 
     def _advance(
         self,

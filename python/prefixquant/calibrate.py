@@ -25,6 +25,7 @@ from prefixquant.block import (
     project_qkv,
     quantize_heads,
     quantize_point,
+    read_by,
     rms_norm,
 )
 from prefixquant.compensate import compensate, input_shortfall, output_shortfall
@@ -186,7 +187,14 @@ class _BlockQuantizer:
             block.post_norm,
             block.q_norm,
             block.k_norm,
+            block.shifts,
         )
+
+    def _normed(self, point: str, x: Tensor) -> Tensor:
+        """What the linears of "qkv" or "gate_up" read of the stream x, not quantized."""
+        block = self.float_block
+        weight = block.input_norm if point == "qkv" else block.post_norm
+        return read_by(block, point, rms_norm(x, weight, self.shape.geometry.eps))
 
     def _rows(self, x: Tensor) -> Tensor:
         """The tokens that count: x [n, T, ...] -> [N, ...]."""
@@ -224,7 +232,19 @@ class _BlockQuantizer:
                 self.quantized[role], self.targets[role] = solved, weight
                 self.weight_errors[role] = layer_error(weight, solved, hessian).item()
                 self.simulated.weights[role] = solved.dequantize(weight.dtype)
+            if self.compensation and self.float_block.shifts:
+                self._correct_biases(name, rows.mean(0), self._rows(wanted).mean(0))
         return x
+
+    def _correct_biases(self, name: str, mean: Tensor, wanted: Tensor) -> None:
+        """Makes the outputs right on average, for inputs of this mean."""
+        for role in POINTS[name]:
+            bias = self.float_block.biases[role]
+            if name in ("qkv", "gate_up"):
+                target = self.float_block.weights[role] @ wanted + bias
+            else:
+                target = wanted
+            self.simulated.biases[role] = target - self.simulated.weights[role] @ mean
 
     def _compensated(
         self, name: str, weights: list[Tensor], rows: Tensor, hessian: Tensor, wanted: Tensor
@@ -261,23 +281,15 @@ class _BlockQuantizer:
     def run(self, x: Tensor, floating: FloatPass) -> Tensor:
         """Goes through the block once with the quantized stream x [n, T, C]; returns the stream
         after it."""
-        eps = self.shape.geometry.eps
         block = self.simulated
-        normed = self.point(
-            "qkv",
-            rms_norm(x, block.input_norm, eps),
-            rms_norm(floating.entering, block.input_norm, eps),
-        )
+        normed = self.point("qkv", self._normed("qkv", x), self._normed("qkv", floating.entering))
         q, k, v = project_qkv(block, self.shape, normed, self.rope)
         k, v = self.kv(q, k, v)
         mixed = torch.cat([attend(*part, self.prefix) for part in _batches(q, k, v)])
         mixed = self.point("o", mixed, floating.middle - x)
         x = x + linear(block, "o", mixed)
-        normed = self.point(
-            "gate_up",
-            rms_norm(x, block.post_norm, eps),
-            rms_norm(floating.middle, block.post_norm, eps),
-        )
+        normed = self._normed("gate_up", x)
+        normed = self.point("gate_up", normed, self._normed("gate_up", floating.middle))
         inner = F.silu(linear(block, "gate", normed)) * linear(block, "up", normed)
         inner = rotate_last_dim(inner, self.shape.r4_size)
         inner = self.point("down", inner, floating.leaving - x)

@@ -138,6 +138,16 @@ def scale_tensor(name: str, mode: str) -> str:
     return name if mode == "static" else name.removesuffix("_scale") + "_clip"
 
 
+# The points with a shift where a checkpoint is centred: those behind a norm.
+_SHIFTED = ("self_attn.input_scale", "mlp.input_scale")
+
+
+def shift_tensor(scale: str) -> str:
+    """The name of the shift beside an activation scale: what is subtracted before the scale
+    divides."""
+    return scale.removesuffix("_scale") + "_shift"
+
+
 def _size(config: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
     value = config.get(key)
     if value is None and default is not None:
@@ -228,12 +238,15 @@ def layer_tensors(sizes: ModelSizes, quantization: QuantizationConfig) -> dict[s
         if count:
             specs[f"{name}.{OUTLIER_INDEX}"] = TensorSpec((count,), ("I32",), below=n * k)
             specs[f"{name}.{OUTLIER_VALUE}"] = TensorSpec((count,), SIXTEEN_BIT)
-        if has_bias:
+        if has_bias or quantization.centred:
             specs[f"{name}.bias"] = TensorSpec((n,), FLOATING)
     if quantization.activation_bits < 16:
         for scale in ACTIVATION_SCALES:
             name = scale_tensor(scale, quantization.activation_mode)
             specs[name] = TensorSpec((), ("F32",), is_scale=True)
+    if quantization.centred:
+        for scale in _SHIFTED:
+            specs[shift_tensor(scale)] = TensorSpec((sizes.hidden_size,), SIXTEEN_BIT)
     if quantization.kv_bits < 16:
         for scale in ("self_attn.k_scale", "self_attn.v_scale"):
             name = scale_tensor(scale, quantization.kv_mode)
@@ -311,6 +324,7 @@ def storage(sizes: ModelSizes, quantization: QuantizationConfig) -> dict[str, in
             "outliers",
             "biases",
             "static_scales",
+            "shifts",
             "prefix",
             "norms",
         ),
@@ -327,6 +341,8 @@ def storage(sizes: ModelSizes, quantization: QuantizationConfig) -> dict[str, in
             kind = "biases"
         elif spec.is_scale:
             kind = "static_scales"
+        elif name.endswith("_shift"):
+            kind = "shifts"
         elif ".prefix_" in name:
             kind = "prefix"
         else:
@@ -335,13 +351,11 @@ def storage(sizes: ModelSizes, quantization: QuantizationConfig) -> dict[str, in
     totals["norms"] += 2 * sizes.hidden_size
     totals["embedding"] = totals["lm_head"] = 2 * sizes.vocab_size * sizes.hidden_size
     total = sum(totals.values())
-    linear_values = sizes.num_layers * sum(n * k for n, k, _ in sizes.linears().values())
+    linear_values = sizes.num_layers * sum(
+        n * k + n * has_bias for n, k, has_bias in sizes.linears().values()
+    )
     totals["total"] = total
     totals["float16"] = (
-        2 * linear_values
-        + totals["embedding"]
-        + totals["lm_head"]
-        + totals["norms"]
-        + totals["biases"]
+        2 * linear_values + totals["embedding"] + totals["lm_head"] + totals["norms"]
     )
     return totals

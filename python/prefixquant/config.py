@@ -164,6 +164,7 @@ class QuantizationConfig:
     outlier_fraction: float = 0.0  # of the entries of each weight, kept in 16 bits beside it
     activation_mode: str = "static"
     kv_mode: str = "static"
+    centred: bool = False  # shifts beside the scales, and a bias for every linear
     quant_method: str = QUANT_METHOD
     format_version: int = FORMAT_VERSION
 
@@ -179,6 +180,11 @@ class QuantizationConfig:
                 f"got {self.format_version!r}"
             )
         check_weight_options(self.scheme, self.group_size, self.outlier_fraction)
+        if type(self.centred) is not bool or (self.centred and self.activation_bits == 16):
+            raise UserError(
+                "quantization_config: centred expected true (with quantized activations) or false, "
+                f"got {self.centred!r} with {self.activation_bits} bits"
+            )
         if any(type(t) is not int or t < 0 for t in self.prefix_token_ids):
             raise UserError("quantization_config: prefix_token_ids expected integers >= 0")
         if len(self.prefix_text) != len(self.prefix_token_ids):
@@ -303,6 +309,7 @@ class RecipeConfig:
     r4_block_size: int = 0  # 0: the whole intermediate size
     rotate: bool = True
     balance: bool = True  # even out channels before they are rotated (`prefixquant.balance`)
+    centre: bool = True  # take the mean out of quantized activations (`prefixquant.centre`)
     seed: int = 0
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
@@ -329,6 +336,11 @@ class RecipeConfig:
                 "epochs: fine-tuning trains one scale an output channel and no outliers, "
                 f"got solver {self.solver!r} with group_size {self.group_size}"
             )
+
+    @property
+    def centred(self) -> bool:
+        """Whether means are taken out: only quantized activations gain by it."""
+        return self.centre and self.scheme.activation_bits < 16
 
     @property
     def stored_outlier_fraction(self) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from prefixquant.balance import BlockBalance, balance_block
 from prefixquant.block import BlockShape, PrefixKV, Tap, block_forward, no_tap
+from prefixquant.centre import BlockCentre, centre_block
 from prefixquant.roles import (
     BlockWeights,
     block_weights,
@@ -48,6 +49,8 @@ class FloatDecoder:
         dtype: the dtype of all computation and of the blocks handed out.
         device: where blocks are computed.
         balance: of every block, applied before the rotations; None: the weights as they are.
+        centre: of every block, applied behind the rotations; None: nothing is subtracted. It may
+            be set later.
     """
 
     def __init__(
@@ -58,12 +61,14 @@ class FloatDecoder:
         dtype=torch.float32,
         device="cpu",
         balance: list[BlockBalance] | None = None,
+        centre: list[BlockCentre] | None = None,
     ):
         self.model = model
         self.plan = plan
         self.dtype = dtype
         self.device = torch.device(device)
         self.balance = balance
+        self.centre = centre
         self.roles = model_roles(model.config)
         self.geometry = model_geometry(model.config)
         self.shape = BlockShape(self.geometry, plan.r3_size, plan.r4_size)
@@ -79,7 +84,10 @@ class FloatDecoder:
         )
         if self.balance is not None:
             wide = balance_block(wide, self.balance[index], self.geometry)
-        return rotate_block(wide, self.plan).to(dtype=self.dtype)
+        rotated = rotate_block(wide, self.plan)
+        if self.centre is not None:
+            rotated = centre_block(rotated, self.centre[index], self.geometry)
+        return rotated.to(dtype=self.dtype)
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids [B, T] -> rotated residual stream [B, T, C]."""

@@ -3,7 +3,9 @@
 
 The integers are those of the checkpoint, packed as ``pack-quantized`` wants them: int32 words of
 32 / b values, value i at bits b i, unsigned with an offset of 2^(b-1). Activations and K/V are then
-16-bit, so the prefix has nothing to do and is left out, and so is R3, which cancels in q k^T. R1
+16-bit, so the prefix has nothing to do and is left out, and so is R3, which cancels in q k^T. What
+a centred checkpoint subtracts behind its norms moves into the biases, ``W (x - m) + b = W x +
+(b - W m)``, which takes an architecture with a bias for every linear: llama. R1
 and R2 are in the weights. R4 is an operation at run time that stock engines do not have: it is
 taken out of down_proj's weight, which leaves the 4-bit grid by that and is either rounded again, in
 groups of 128 columns, or kept in 16 bits.
@@ -25,6 +27,7 @@ from prefixquant.checkpoint import (
     read_checkpoint,
 )
 from prefixquant.checkpoint_files import MAX_SHARD_BYTES, write_json, write_shards, write_text
+from prefixquant.checkpoint_layout import shift_tensor
 from prefixquant.errors import UserError
 from prefixquant.hadamard import hadamard_signs, split_size
 from prefixquant.loading import load_tokenizer
@@ -32,7 +35,7 @@ from prefixquant.packing import unpack_weight
 from prefixquant.progress import SILENT, Progress
 from prefixquant.quantizer import qrange
 from prefixquant.report import format_bytes
-from prefixquant.roles import Roles, model_roles
+from prefixquant.roles import POINT_OF, Roles, model_roles
 from prefixquant.solvers import solve_rtn
 from prefixquant.solvers.weight import QuantizedWeight
 
@@ -68,6 +71,12 @@ def export_compressed_tensors(
     quantization = checkpoint.quantization
     if quantization.weight_bits not in (4, 8):
         raise UserError(f"export: expected weights of 4 or 8 bits, got {quantization.weight_bits}")
+    if quantization.centred and checkpoint.sizes.model_type != "llama":
+        raise UserError(
+            "export: a centred checkpoint has a bias for every linear, which the format of a "
+            f"{checkpoint.sizes.model_type} has no place for; quantize with centre: false, or with "
+            "16-bit activations"
+        )
     if quantization.outlier_fraction:
         raise UserError("export: the format has no place for the outliers of quantease-outlier")
     output = check_output_folder(output)
@@ -129,7 +138,11 @@ class _View:
             else:
                 self._add(name, weight)
             if f"{name}.bias" in self.source:
-                self.tensors[f"{name}.bias"] = self.source[f"{name}.bias"].to(self.dtype)
+                bias = self.source[f"{name}.bias"].float()
+                shift = f"{block}.{shift_tensor(roles.point_scales[POINT_OF[role]])}"
+                if shift in self.source:
+                    bias = bias - weight.dequantize() @ self.source[shift].float()
+                self.tensors[f"{name}.bias"] = bias.to(self.dtype)
         norms = [roles.input_norm, roles.post_norm]
         if roles.qk_norm:
             norms += [f"{roles.attention}.q_norm", f"{roles.attention}.k_norm"]
@@ -218,6 +231,8 @@ def without_hadamard(weight: Tensor, size: int) -> Tensor:
 
 def _write(checkpoint: Checkpoint, view: _View, output: Path) -> None:
     config = {k: v for k, v in checkpoint.config.items() if k != "auto_map"}
+    if checkpoint.quantization.centred:
+        config["attention_bias"] = config["mlp_bias"] = True
     config["quantization_config"] = view.config()
     with atomic_folder(output) as partial:
         write_shards(partial, view.tensors, MAX_SHARD_BYTES)

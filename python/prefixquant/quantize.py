@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from prefixquant import __version__
-from prefixquant.balance_measure import make_decoder
 from prefixquant.block import PrefixKV
 from prefixquant.block_pipeline import BlockPipeline, Samples
 from prefixquant.calibrate import CalibratedBlock
-from prefixquant.checkpoint_layout import scale_tensor
+from prefixquant.checkpoint_layout import scale_tensor, shift_tensor
 from prefixquant.config import QuantizationConfig, RecipeConfig
 from prefixquant.decoder import FloatDecoder, compute_device
+from prefixquant.decoder_setup import make_decoder
 from prefixquant.errors import UnsupportedModelError, UserError
 from prefixquant.packing import pack_weight, values_per_unit
 from prefixquant.prefix import PrefixSearch, prefix_texts, search_prefix
@@ -47,11 +47,11 @@ def quantize(
 ) -> QuantizedModel:
     """Quantizes a causal LM to static ``recipe.scheme``; ``model`` is not changed.
 
-    Scan and prefix on ``nsamples`` windows of ``seqlen`` tokens, then balance, and block by block
-    rotation, scale search and integer weights on ``search_samples`` windows of ``search_seqlen``;
-    then fine-tuning, if ``recipe.finetune`` asks for it. Beside the model there is one block and
-    its activations in memory, and the quantized tensors; all blocks where they are trained end to
-    end.
+    Scan and prefix on ``nsamples`` windows of ``seqlen`` tokens, then balance and means, and block
+    by block rotation, scale search and integer weights on ``search_samples`` windows of
+    ``search_seqlen``; then fine-tuning, if ``recipe.finetune`` asks for it. Beside the model there
+    is one block and its activations in memory, and the quantized tensors; all blocks where they are
+    trained end to end.
 
     Args:
         model: a transformers model of a supported family, on the device to work on, or on the
@@ -85,10 +85,11 @@ def quantize(
         samples.search,
         search.prefix,
         balance=recipe.balance,
+        centre=recipe.centred,
         eta=recipe.eta,
         device=device,
     )
-    seconds["balance"] = time.monotonic() - start
+    seconds["balance_and_centre"] = time.monotonic() - start
 
     start = time.monotonic()
     packer = _Packer(decoder, _storage_dtype(model), recipe)
@@ -127,6 +128,7 @@ def quantize(
         outlier_fraction=recipe.stored_outlier_fraction,
         activation_mode=recipe.scheme.activation_mode,
         kv_mode=recipe.scheme.kv_mode,
+        centred=recipe.centred,
     )
     return QuantizedModel(packer.tensors, quantization, report)
 
@@ -212,6 +214,8 @@ class _Packer:
         for point, scale in block.scales.activations.items():
             tensor = scale_tensor(roles.point_scales[point], block.scales.activation_mode)
             self.put(f"{name}.{tensor}", scale, torch.float32)
+        for point, shift in block.simulated.shifts.items():
+            self.put(f"{name}.{shift_tensor(roles.point_scales[point])}", shift, self.dtype)
         attention = f"{name}.{roles.attention}"
         for part in ("k", "v"):
             scale = getattr(block.scales, part)

@@ -77,11 +77,13 @@ def _device_name(device: torch.device) -> str:
 
 @dataclasses.dataclass
 class SavedBlock:
-    """What is kept of a finished block: integers and scales, the report's entry, and the floating
-    weights that fine-tuning left behind the integers (role -> [N, K]; empty if not needed)."""
+    """What is kept of a finished block: integers, scales and biases (role -> [N]), the report's
+    entry, and the floating weights that fine-tuning left behind the integers (role -> [N, K]; empty
+    if not needed)."""
 
     weights: dict[str, QuantizedWeight]
     scales: BlockScales
+    biases: dict[str, Tensor]
     report: dict[str, Any]
     latents: dict[str, Tensor]
 
@@ -89,7 +91,11 @@ class SavedBlock:
         """The block again, as it was before it was saved."""
         dtype = next(iter(original.weights.values())).dtype
         weights = {role: w.dequantize(dtype) for role, w in self.weights.items()}
-        simulated = dataclasses.replace(original, weights={**original.weights, **weights})
+        simulated = dataclasses.replace(
+            original,
+            weights={**original.weights, **weights},
+            biases={**original.biases, **self.biases},
+        )
         errors = self.report["relative_error"], self.report["weight_errors"]
         return CalibratedBlock(self.weights, self.scales, simulated, *errors)
 
@@ -195,6 +201,7 @@ class BlockState:
             if outliers is not None:
                 tensors[f"outlier_index.{role}"] = outliers.index
                 tensors[f"outlier_value.{role}"] = outliers.value
+        tensors |= {f"bias.{role}": bias for role, bias in block.biases.items()}
         scales = block.scales
         tensors |= {f"activation.{point}": s for point, s in scales.activations.items()}
         tensors |= {n: t for n, t in (("k", scales.k), ("v", scales.v)) if t is not None}
@@ -246,8 +253,11 @@ def _decode(about: dict[str, Any], tensors: dict[str, Tensor]) -> SavedBlock:
         tensors.get("v"),
         **{name: about["scales"][name] for name in _SCALE_FORM},
     )
-    latents = {n.removeprefix("latent."): t for n, t in tensors.items() if n.startswith("latent.")}
-    return SavedBlock(weights, scales, about["report"], latents)
+
+    def by_role(kind: str) -> dict[str, Tensor]:
+        return {n.removeprefix(kind): t for n, t in tensors.items() if n.startswith(kind)}
+
+    return SavedBlock(weights, scales, by_role("bias."), about["report"], by_role("latent."))
 
 
 def _encode_search(search: PrefixSearch) -> dict[str, Any]:

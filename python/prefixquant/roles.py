@@ -5,7 +5,7 @@ llama, mistral, qwen2 and qwen3 name their modules alike; what differs (q/k norm
 is read off the modules. A new family is a new entry of `ARCHITECTURES`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ POINTS: dict[str, tuple[str, ...]] = {
     "gate_up": ("gate", "up"),
     "down": ("down",),
 }
+POINT_OF = {role: point for point, roles in POINTS.items() for role in roles}
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,11 @@ def model_geometry(config) -> Geometry:
 
 @dataclass
 class BlockWeights:
-    """The float weights of one block: W [N, K], bias [N] or None per linear, norms [C] or [D]."""
+    """The float weights of one block: W [N, K], bias [N] or None per linear, norms [C] or [D].
+
+    ``shifts``: "qkv" and "gate_up" -> [C], what is subtracted behind the norm
+    (`prefixquant.centre`).
+    """
 
     weights: dict[str, Tensor]
     biases: dict[str, Tensor | None]
@@ -148,6 +153,7 @@ class BlockWeights:
     post_norm: Tensor
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    shifts: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, *, device=None, dtype=None) -> "BlockWeights":
         def move(t: Tensor | None) -> Tensor | None:
@@ -157,6 +163,7 @@ class BlockWeights:
             {role: move(w) for role, w in self.weights.items()},
             {role: move(b) for role, b in self.biases.items()},
             *(move(t) for t in (self.input_norm, self.post_norm, self.q_norm, self.k_norm)),
+            {point: move(s) for point, s in self.shifts.items()},
         )
 
 

@@ -123,7 +123,7 @@ def rotate_residual_rows(rows: Tensor, plan: RotationPlan) -> Tensor:
 
 def rotate_block(block: BlockWeights, plan: RotationPlan) -> BlockWeights:
     """The block with its norms folded in and R1, R2 and R4's inverse applied; float64 inside, the
-    dtype of the input outside."""
+    dtype of the input outside. It must not be centred yet."""
     dtype = block.input_norm.dtype
     wide = block.to(dtype=torch.float64)
     weights, biases = dict(wide.weights), dict(wide.biases)

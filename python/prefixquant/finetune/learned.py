@@ -7,11 +7,14 @@ suits all tensors of all models:
 - a weight scale is ``s = s0 * exp(theta)``, theta [N]; so are the activation and K/V scales;
 - a weight is kept in parts of its channel's range, ``w = W / (s0 * 2^(b-1))``, so that two levels
   of 4 bits are 1/8 apart whatever the weight's size;
-- a norm weight is ``g0 * exp(gamma)``; the prefix K/V are ``kv0 + delta * rms(kv0)``.
+- a norm weight is ``g0 * exp(gamma)``; the prefix K/V are ``kv0 + delta * rms(kv0)``;
+- a bias is ``b0 + delta * |W[n]| * sx`` with sx the scale of the linear's input: about the size of
+  the error that quantizing the input makes in that output.
 
 At the start, integers and scales are those of the calibrated block, bit for bit.
 """
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +24,7 @@ from prefixquant.block import BlockScales, PrefixKV
 from prefixquant.calibrate import CalibratedBlock
 from prefixquant.errors import UserError
 from prefixquant.quantizer import fake_quantize, qrange, quantize
-from prefixquant.roles import BlockWeights
+from prefixquant.roles import POINT_OF, BlockWeights
 from prefixquant.solvers import QuantizedWeight
 
 _NORMS = ("input_norm", "post_norm", "q_norm", "k_norm")
@@ -29,7 +32,7 @@ _NORMS = ("input_norm", "post_norm", "q_norm", "k_norm")
 
 @dataclass(frozen=True)
 class Learned:
-    """What is trained beside the scales, which always are."""
+    """What is trained beside the scales and the biases that there are, which always are."""
 
     weights: bool = True  # the floating weights behind the integers; else the integers are frozen
     norms: bool = False
@@ -65,6 +68,7 @@ class LearnedBlock(nn.Module):
         self._rest = replace(block.simulated, weights={})
         self._add_weights(block.weights, original)
         self._add_scales(block.scales)
+        self._add_biases(block)
         self._add_norms(block.simulated)
         self._add_prefix(prefix)
 
@@ -104,6 +108,21 @@ class LearnedBlock(nn.Module):
         empty = torch.zeros(0, device=self.weight_scale_0.device)
         self.register_buffer("scale_start", torch.cat([empty, *parts]).float())
         self.scale_theta = nn.Parameter(torch.zeros_like(self.scale_start))
+
+    def _add_biases(self, block: CalibratedBlock) -> None:
+        simulated, activations = block.simulated, block.scales.activations
+        self.biases = tuple(role for role, b in simulated.biases.items() if b is not None)
+        self.bias_delta = nn.ParameterDict()
+        for role in self.biases:
+            start = simulated.biases[role].float().clone()
+            size = block.weights[role].dequantize().norm(dim=1)
+            unit = size * activations.get(POINT_OF[role], torch.ones_like(size[0]))
+            self.register_buffer(f"bias_start_{role}", start)
+            self.register_buffer(f"bias_unit_{role}", unit)
+            self.bias_delta[role] = torch.zeros_like(start)
+        # In buffers of this block, as a captured step reads them where they are.
+        for point, shift in simulated.shifts.items():
+            self.register_buffer(f"shift_{point}", shift.float().clone())
 
     def _add_norms(self, simulated: BlockWeights) -> None:
         self.norms = tuple(n for n in _NORMS if getattr(simulated, n) is not None)
@@ -163,8 +182,14 @@ class LearnedBlock(nn.Module):
             else:
                 stacked = self._buffer("integers", index).float() * (start * factor)[:, None]
             weights |= zip(roles, stacked.split(list(roles.values())), strict=True)
-        norms = {name: self._norm(name) for name in self.norms}
-        return replace(self._rest, weights=weights, **norms), self._scales(), self._prefix()
+        rest = replace(
+            self._rest,
+            weights=weights,
+            biases=self._rest.biases | {role: self._bias(role) for role in self.biases},
+            shifts={point: self.get_buffer(f"shift_{point}") for point in self._rest.shifts},
+            **{name: self._norm(name) for name in self.norms},
+        )
+        return rest, self._scales(), self._prefix()
 
     def _buffer(self, name: str, index: int) -> Tensor:
         return self.get_buffer(f"{name}_{index}")
@@ -178,6 +203,10 @@ class LearnedBlock(nn.Module):
             k, v = values[points:].split(self.kv_learned)
             scales.k, scales.v = k.expand(self.kv_heads), v.expand(self.kv_heads)
         return scales
+
+    def _bias(self, role: str) -> Tensor:
+        unit = self.get_buffer(f"bias_unit_{role}")
+        return self.get_buffer(f"bias_start_{role}") + self.bias_delta[role] * unit
 
     def _norm(self, name: str) -> Tensor:
         start = self.get_buffer(f"{name}_start")
@@ -212,10 +241,9 @@ class LearnedBlock(nn.Module):
             ):
                 solved[role] = QuantizedWeight(part.clone(), scales.clone(), self.bits)
         block, scales, prefix = self.materialize()
-        scales.activations = {name: s.clone() for name, s in scales.activations.items()}
-        if scales.k is not None:
-            scales.k, scales.v = scales.k.clone(), scales.v.clone()
         block.weights = {role: w.dequantize() for role, w in solved.items()}
+        # Copies: the buffers that some of these are take the next block's values.
+        block, scales, prefix = copy.deepcopy((block, scales, prefix))
         return CalibratedBlock(solved, scales, block, self._errors[0], self._errors[1]), prefix
 
     @torch.no_grad()

@@ -234,37 +234,50 @@ class QuantLinear(FixedDtypeModule):
 
 
 class QuantRMSNorm(FixedDtypeModule):
-    """RMSNorm that hands on int8 containers: ``q(x / rms(x) * weight)``."""
+    """RMSNorm that hands on int8 containers: ``q(x / rms(x) * weight - shift)``."""
 
-    def __init__(self, weight: Tensor, eps: float, scale: Tensor, bits: int):
+    def __init__(
+        self, weight: Tensor, eps: float, scale: Tensor, bits: int, shift: Tensor | None = None
+    ):
         super().__init__(weight.dtype, weight.device)
         self.eps = eps
         self.bits = bits
         # Folded norms are all ones: then there is nothing to multiply by.
         self.register_buffer("weight", None if bool((weight == 1).all()) else weight)
         self.register_buffer("input_scale", scale)
+        self.register_buffer("shift", shift)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rmsnorm_quantize(x, self.weight, self.eps, self.input_scale, self.bits)
+        return ops.rmsnorm_quantize(
+            x, self.weight, self.eps, self.input_scale, self.bits, shift=self.shift
+        )
 
 
 class RMSNorm(FixedDtypeModule):
-    """``x / rms(x) * weight`` in the dtype of x; weight [C] as the checkpoint has it."""
+    """``x / rms(x) * weight - shift`` in the dtype of x; weight and shift [C] as the checkpoint
+    has them."""
 
     def __init__(
-        self, weight: Tensor, eps: float, compute_dtype: torch.dtype, stored_dtype: torch.dtype
+        self,
+        weight: Tensor,
+        eps: float,
+        compute_dtype: torch.dtype,
+        stored_dtype: torch.dtype,
+        shift: Tensor | None = None,
     ):
         super().__init__(compute_dtype, weight.device, stored_dtype)
         self.eps = eps
         # A parameter: transformers takes the model's dtype and device from those.
         self.weight = nn.Parameter(weight.to(compute_dtype), requires_grad=False)
+        self.register_buffer("shift", shift)
 
     def _compute_in(self, dtype: torch.dtype) -> None:
         super()._compute_in(dtype)
         self.weight.data = self.weight.data.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rmsnorm(x, self.weight, self.eps)
+        y = ops.rmsnorm(x, self.weight, self.eps)
+        return y if self.shift is None else (y - self.shift).to(y.dtype)
 
 
 class QuantMLP(nn.Module):

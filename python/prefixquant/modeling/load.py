@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prefixquant import _C
 from prefixquant.checkpoint import CONFIG_NAME, Checkpoint, read_checkpoint
-from prefixquant.checkpoint_layout import scale_tensor, short
+from prefixquant.checkpoint_layout import scale_tensor, shift_tensor, short
 from prefixquant.config import Scheme
 from prefixquant.dtypes import usual_dtype
 from prefixquant.errors import CheckpointError, UserError
@@ -28,9 +28,7 @@ from prefixquant.modeling.linear import (
 )
 from prefixquant.modeling.parallel import Shard, ShardedTensors, add_up
 from prefixquant.packing import OUTLIER_INDEX, OUTLIER_VALUE
-from prefixquant.roles import POINTS, Roles, model_blocks, model_roles
-
-_POINT_OF = {role: point for point, roles in POINTS.items() for role in roles}
+from prefixquant.roles import POINT_OF, Roles, model_blocks, model_roles
 
 
 def load(
@@ -172,13 +170,18 @@ class _Builder:
     def tensor(self, name: str) -> Tensor:
         return self.tensors[name].to(self.device)
 
+    def shift(self, scale: str) -> Tensor | None:
+        """What is subtracted at the activation point of a scale."""
+        name = shift_tensor(scale)
+        return self.tensor(name) if name in self.tensors else None
+
     def linear(self, block: str, *linear_roles: str) -> QuantLinear:
         """One QuantLinear of the rows of one or more linears that share their input."""
         paths = [f"{block}.{self.roles.linears[role]}" for role in linear_roles]
         names = [f"{path}.bias" for path in paths]
         scale = None
         if self.scheme.activation_bits < 16:
-            point = self.roles.point_scales[_POINT_OF[linear_roles[0]]]
+            point = self.roles.point_scales[POINT_OF[linear_roles[0]]]
             scale = self.tensor(f"{block}.{scale_tensor(point, self.scheme.activation_mode)}")
         return QuantLinear(
             torch.cat([self.tensor(f"{path}.weight_packed") for path in paths]),
@@ -210,9 +213,10 @@ class _Builder:
         weight = self.tensor(f"{name}.weight")
         eps = self.config.rms_norm_eps
         static = self.scheme.activation_bits < 16 and self.scheme.activation_mode == "static"
+        shift = None if scale is None else self.shift(scale)
         if scale is None or not static:
-            return RMSNorm(weight, eps, self.dtype, self.stored_dtype)
-        return QuantRMSNorm(weight, eps, self.tensor(scale), self.scheme.activation_bits)
+            return RMSNorm(weight, eps, self.dtype, self.stored_dtype, shift)
+        return QuantRMSNorm(weight, eps, self.tensor(scale), self.scheme.activation_bits, shift)
 
     def fill_block(self, block: nn.Module, index: int) -> None:
         roles, name = self.roles, f"{self.roles.blocks}.{index}"

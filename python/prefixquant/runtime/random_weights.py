@@ -97,7 +97,8 @@ def random_weights(
     prefix: int = 1,
     seed: int = 0,
 ) -> Weights:
-    """`Weights` of a configuration with random values whose activations stay of order 1.
+    """`Weights` of a configuration with random values whose activations stay of order 1; centred,
+    as checkpoints are by default.
 
     Args:
         scheme: static activations of 4 or 8 bits, weights of 4 or 8.
@@ -180,7 +181,7 @@ class _Maker:
             prepack(self.levels(n, k, bits)),
             self.scale(n, k, bits),
             self.full((), 3.0, self.scheme.activation_bits),
-            None,
+            self.normal(n).float() / 8,
             (bits, self.scheme.activation_bits),
             self.dtype,
         )
@@ -196,7 +197,9 @@ class _Maker:
         return torch.full((n,), k**-0.5 / _LEVEL_RMS[bits], device=self.device)
 
     def norm(self, following: Linear) -> Norm:
-        return Norm(None, self.geometry.eps, following.input_scale, self.scheme.activation_bits)
+        shift = self.normal(self.geometry.hidden) / 8
+        bits = self.scheme.activation_bits
+        return Norm(None, self.geometry.eps, following.input_scale, bits, shift)
 
     def full(self, shape: tuple[int, ...], largest: float, bits: int) -> Tensor:
         """Scales that map ``largest`` to the largest level."""

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The static mean of what a linear reads, taken out before it is quantized.
+
+Behind a prefix most of an activation is one vector that all tokens share (SmolLM2-135M: 74 % of the
+energy that q, k and v read, 66 % of o_proj's input, 58 % of what gate and up read, 48 % of V).
+Rotations keep it, and a grid that is symmetric around zero spends its levels on it. With m the
+mean,
+
+    W x  =  W (x - m) + W m,
+
+x - m is quantized, and W m, in the float weight, is a bias: the mean takes no part in the errors of
+the activations nor in those of the weight. The model computes what it computed before. Where a mean
+goes:
+
+- what q, k and v read, and what gate and up read: subtracted behind the RMSNorm;
+- o_proj's input: it is an average of values, with weights that sum to 1. With ``v' = v - n`` for
+  every token and every prefix token, attention gives ``o - n``. So n is a bias of v_proj, V is
+  centred with it, and nothing is subtracted at run time. One n [H_kv, D] for the query heads that
+  share a KV head: the mean of the attention's output over them.
+
+Of down_proj's input the mean is 38 %, and of the keys behind RoPE less than before it: taking these
+out too, by vectors of their own at run time, gains another 0.01 nats of the 0.19 that this gains
+(SmolLM2-135M, W4A4KV4).
+
+Outlier Suppression+ (Wei et al., arXiv 2304.09145, section 4.1) shifts channels by the middle of
+their range for models without rotations; there it takes outlier channels out.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from prefixquant.roles import BlockWeights, Geometry
+
+
+@dataclass(frozen=True)
+class BlockCentre:
+    """The means of a block's activations, float32 with values of bfloat16, in the basis of its
+    rotated weights."""
+
+    qkv: Tensor  # [C]: the normed residual stream before attention
+    gate_up: Tensor  # [C]: and before the MLP
+    value: Tensor  # [H_kv, D]: attention's output
+
+
+def centre_block(block: BlockWeights, centre: BlockCentre, geometry: Geometry) -> BlockWeights:
+    """The same block, function for function, after its rotations. Every linear has a bias then."""
+    biases = dict(block.biases)
+
+    def add(role: str, vector: Tensor) -> None:
+        biases[role] = vector if biases[role] is None else biases[role] + vector
+
+    def moved(role: str, mean: Tensor) -> Tensor:
+        return (block.weights[role].double() @ mean.double()).to(mean.dtype)
+
+    centre = BlockCentre(**{name: t.to(block.input_norm) for name, t in vars(centre).items()})
+    for role in ("q", "k", "v"):
+        add(role, moved(role, centre.qkv))
+    add("v", -centre.value.flatten())
+    group = geometry.heads // geometry.kv_heads
+    add("o", moved("o", centre.value.repeat_interleave(group, 0).flatten()))
+    for role in ("gate", "up"):
+        add(role, moved(role, centre.gate_up))
+    add("down", torch.zeros_like(block.post_norm))
+    return replace(block, biases=biases, shifts={"qkv": centre.qkv, "gate_up": centre.gate_up})

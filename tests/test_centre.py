@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Means that move into biases: the function stays, and what is left has no mean."""
+
+import pytest
+import torch
+from prefixquant.block import block_forward
+from prefixquant.centre import centre_block
+from prefixquant.centre_measure import measure_centre
+from prefixquant.config import QuantizationConfig, RecipeConfig, Rotations, Scheme
+from prefixquant.counted import Counted
+from prefixquant.decoder import FloatDecoder
+from prefixquant.decoder_setup import make_decoder
+from prefixquant.errors import UserError
+from prefixquant.quantize import quantize
+from prefixquant.roles import LINEARS, model_geometry
+from prefixquant.rotate import plan_rotations
+from test_rotate import run
+from tiny_families import FAMILIES, tiny_family
+from tiny_model import byte_tokenizer
+
+PREFIX = (5, 0)
+SAMPLES = torch.randint(0, 97, (5, 19), generator=torch.Generator().manual_seed(1))
+
+
+def plan_of(model, **options):
+    return plan_rotations(model_geometry(model.config), seed=3, **options)
+
+
+def measured(model, samples=SAMPLES, mask=None):
+    decoder = FloatDecoder(model, plan_of(model))
+    counted = Counted(samples.shape, len(PREFIX), 64.0, decoder.device)
+    if mask is not None:
+        counted.mask &= mask
+    return measure_centre(decoder, samples, decoder.prefix(PREFIX), counted)
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("prefix", [(), (5, 9, 0)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_do_not_change(family, prefix, rotate):
+    """Whatever is taken out, also behind another prefix than that it was measured with."""
+    model = tiny_family(family)
+    ids = torch.randint(0, 97, (3, 21))
+    in_front = torch.tensor(prefix, dtype=torch.long).expand(3, -1)
+    expected = model(torch.cat([in_front, ids], dim=1)).logits[:, len(prefix) :]
+    decoder = FloatDecoder(model, plan_of(model, rotate=rotate), centre=measured(model))
+    torch.testing.assert_close(run(decoder, ids, prefix), expected, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_left_of_the_means(family):
+    """The invariance above would also hold if nothing were taken out."""
+    model = tiny_family(family)
+    decoder = FloatDecoder(model, plan_of(model))
+    prefix, counted = decoder.prefix(PREFIX), torch.ones(SAMPLES.shape, dtype=torch.bool)
+    counted[:, 0] = False
+    before, after = {}, {}
+    centre = measured(model)
+    for seen, used in ((before, None), (after, centre)):
+        decoder.centre = used
+        x, rope = decoder.embed(SAMPLES), decoder.rope(SAMPLES.shape[1])
+        prefix = decoder.prefix(PREFIX)
+        for index in range(len(decoder)):
+            tap = {}
+            x = block_forward(
+                decoder.block(index), decoder.shape, x, rope, prefix[index], tap=tap.__setitem__
+            )
+            for name in ("qkv", "o", "gate_up"):
+                seen[index, name] = tap[name][counted].mean(0)
+    for (index, name), mean in before.items():
+        rest = after[index, name]
+        if name == "o":  # one mean for the query heads that share a KV head
+            rest, mean = (t.view(1, 3, 16).mean(1) for t in (rest, mean))
+        assert rest.norm() < 0.01 * mean.norm() + 1e-5, (index, name)
+
+
+def test_every_linear_has_a_bias_then():
+    model = tiny_family("llama")
+    decoder = FloatDecoder(model, plan_of(model))
+    plain = decoder.block(1)
+    centred = centre_block(plain, measured(model)[1], decoder.geometry)
+    assert all(plain.biases[role] is None for role in LINEARS)
+    assert all(centred.biases[role] is not None for role in LINEARS)
+    assert centred.shifts.keys() == {"qkv", "gate_up"}
+    assert all(torch.equal(centred.weights[r], plain.weights[r]) for r in LINEARS)
+
+
+def test_both_16_bit_dtypes_hold_the_means():
+    for centre in measured(tiny_family("llama")):
+        for mean in vars(centre).values():
+            assert mean.norm() > 0.1
+            assert torch.equal(mean, mean.bfloat16().float())
+            torch.testing.assert_close(mean.half().float(), mean, rtol=0, atol=2**-24)
+
+
+def test_tokens_that_do_not_count_have_no_say():
+    model, mask = tiny_family("llama"), torch.ones(4, 12, dtype=torch.bool)
+    mask[1] = False
+    samples = SAMPLES[:4, :12]
+    some, fewer = measured(model, samples, mask), measured(model, samples[[0, 2, 3]])
+    for a, b in zip(some, fewer, strict=True):
+        for mean, other in zip(vars(a).values(), vars(b).values(), strict=True):
+            torch.testing.assert_close(mean, other, rtol=2**-7, atol=1e-4)
+    assert not torch.allclose(measured(model, samples)[0].qkv, some[0].qkv, rtol=2**-7)
+
+
+def test_the_decoder_is_what_was_asked_for():
+    model = tiny_family("llama")
+    options = {"eta": 64.0, "balance": False}
+    plain = make_decoder(model, plan_of(model), SAMPLES, PREFIX, centre=False, **options)
+    centred = make_decoder(model, plan_of(model), SAMPLES, PREFIX, centre=True, **options)
+    assert plain.centre is plain.balance is None
+    for a, b in zip(centred.centre, measured(model), strict=True):
+        assert torch.equal(a.qkv, b.qkv)
+    both = make_decoder(model, plan_of(model), SAMPLES, PREFIX, eta=64.0, balance=True, centre=True)
+    assert both.balance is not None
+    assert not torch.equal(both.centre[0].value, centred.centre[0].value)
+
+
+@pytest.mark.parametrize(("scheme", "expected"), [("w4a8kv4", True), ("w4a16kv4", False)])
+def test_only_quantized_activations_are_centred(scheme, expected):
+    recipe = RecipeConfig(
+        scheme=Scheme.parse(scheme),
+        prefix="text:ab",
+        solver="rtn",
+        nsamples=2,
+        seqlen=16,
+        search_samples=2,
+        search_seqlen=16,
+    )
+    assert recipe.centred is expected
+    made = quantize(tiny_family("llama"), byte_tokenizer(), recipe, torch.arange(300) % 97)
+    assert made.quantization.centred is expected
+    shifts = {name for name in made.tensors if name.endswith("_shift")}
+    biases = {name for name in made.tensors if name.endswith(".bias")}
+    assert (len(shifts), len(biases)) == ((4, 14) if expected else (0, 0))
+
+
+def test_weights_alone_cannot_be_centred():
+    with pytest.raises(UserError, match=r"centred expected true .with quantized activations"):
+        QuantizationConfig(4, 16, 16, Rotations(), (), (), "none", "rtn", "test", centred=True)
