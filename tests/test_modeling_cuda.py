@@ -76,7 +76,10 @@ def relative_error(actual, expected):
     return ((actual - expected).square().sum() / expected.square().sum()).item()
 
 
-def left_padded(lengths=(3, 40, 7, 21), vocab=97, seed=11):
+def left_padded(lengths=(3, 40, 7, 21), vocab=97, seed=16):
+    """Prompts behind which a random model leaves few ties: of seed 16, 1 or 2 of 36 tokens are
+    other ones on a CPU in float16 than in float32, and by 0.02 deviations; of seed 14, 6 by 0.07.
+    """
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(2, vocab, (n,), generator=generator) for n in lengths]
     longest = max(lengths)
@@ -150,8 +153,7 @@ def test_padding_changes_no_bit_of_a_prompt(folders):
 @pytest.mark.parametrize(("family", "scheme"), EIGHT_BIT)
 def test_tokens_of_the_runtime(folders, family, scheme):
     folder = folders(family, scheme)
-    # After those of seed 11, six of a random model's 36 tokens are ties within 0.07 deviations.
-    prompts, batch, mask = left_padded(seed=13)
+    prompts, batch, mask = left_padded()
     model = prefixquant.load(folder, device="cuda")
     runtime = Runtime.from_checkpoint(folder, device="cuda")
     runtime.stop_ids = frozenset()
@@ -222,8 +224,8 @@ def test_linears_are_packed_on_the_device(folders):
     model = prefixquant.load(folder, device="cuda")
     linears = [m for m in model.modules() if isinstance(m, QuantLinear)]
     values = sum(m.in_features * m.out_features for m in linears)
-    scales = sum(m.weight_scale.nbytes + 4 for m in linears)
-    assert linear_weight_bytes(model) == values // 2 + scales  # no padding at these sizes
+    rest = sum(m.weight_scale.nbytes + m.bias.nbytes + 4 for m in linears)
+    assert linear_weight_bytes(model) == values // 2 + rest  # no padding at these sizes
     assert all(b.is_cuda for b in model.buffers())
     stored = read_checkpoint(folder).tensors
     for name, module in model.named_modules():
@@ -239,7 +241,7 @@ def test_no_prefix(folders, tmp_path):
     for prompt in (ids(2, 13), ids(2, 60)):
         states = model.model(prompt.cuda()).last_hidden_state
         assert relative_error(states, simulated.hidden(prompt)) < ERRORS["llama", "w4a8kv4"]
-    prompts, batch, mask = left_padded()
+    prompts, batch, mask = left_padded(seed=13)
     tokens = generate(model, batch.cuda(), attention_mask=mask.cuda())[:, 40:].cpu()
     check_greedy(simulated, prompts, tokens)
 

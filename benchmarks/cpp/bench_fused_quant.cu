@@ -89,7 +89,7 @@ int check(const Case& c) {
     }
     float s = 0.37f;
     if (c.scaling == RowScale::kDynamic) {
-      s = largest / p.qmax;
+      s = largest == 0.0f ? 1.0f : largest / p.qmax;
       wrong += scales[r] != s;
     }
     for (int64_t i = 0; i < c.cols; ++i) {

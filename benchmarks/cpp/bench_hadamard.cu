@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Hadamard, alone and with SwiGLU and quantization, without Python.
-//   bench_hadamard check           small self-checking launches of every kernel, for
+//   bench_hadamard check [k]       small self-checking launches of every kernel (of this k), for
 //                                  compute-sanitizer
-//   bench_hadamard few             fewer of them, for its slower tools
+//   bench_hadamard few [k]         fewer of them, for its slower tools
 //   bench_hadamard time            microseconds and shares of the copy bandwidth, back to back;
 //                                  for few rows also what a launch adds between two linear layers
 //   bench_hadamard sweep [k>N] [rows..]  the same for every configuration; HadamardSums::few and
@@ -72,10 +72,12 @@ constexpr RowScale kNone = RowScale::kNone, kStatic = RowScale::kStatic,
 
 enum class Size { kFew, kSmall, kLarge };
 
-int check_all(Size size) {
+// only_k: 0 for all
+int check_all(Size size, int only_k) {
   int failed = 0, launches = 0;
   const bool small = size != Size::kLarge, few = size == Size::kFew;
   const auto run = [&](Case c) {
+    if (only_k && c.k != only_k) return;
     for (const int64_t rows : {1, small ? 3 : 5, 300}) {
       if (rows == 300 && (small || c.cols > 4096)) continue;
       if (few && rows > 1 && c.cols > 2048 && c.cols != 28672) continue;
@@ -308,11 +310,9 @@ int main(int argc, char** argv) try {
     time_sweep(above, rows);
     return 0;
   }
-  if (mode != "time" && check_all(mode == "few"     ? Size::kFew
-                                  : mode == "check" ? Size::kSmall
-                                                    : Size::kLarge)) {
-    return 1;
-  }
+  const int only_k = argc > 2 ? std::stoi(argv[2]) : 0;
+  const Size size = mode == "few" ? Size::kFew : mode == "check" ? Size::kSmall : Size::kLarge;
+  if (mode != "time" && check_all(size, only_k)) return 1;
   if (mode.empty() || mode == "time") time_all();
   return 0;
 } catch (const std::exception& error) {

@@ -249,18 +249,19 @@ __device__ __forceinline__ uint32_t wait_for_maximum(uint32_t v, uint32_t* maxim
 //   maxima[warp]: written before the first barrier, read by warps with a task until the second,
 //     after which come the next block's writes. The zeros are written once, before the
 //     __syncthreads of the signs.
-//   block_maximum: written by thread 0 between the barriers, read by warps without a task after the
-//     second and before they arrive for the next block. The next write waits for these arrivals,
-//     and bar.arrive comes after the reads before it (PTX): one word is enough.
+//   block_maxima: written by thread 0 between the barriers, read by warps without a task after the
+//     second. The next block's goes to the other word, so that another __syncthreads lies between a
+//     read and the write after it.
 //   Planes: written between the barriers. A warp arrives for the next block when its products,
 //     which read them, are done (wgmma_wait).
 template <typename Shape, bool kSwiglu>
 __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
     hadamard_wgmma_kernel(const HadamardMmaArgs p) {
-  __shared__ uint32_t maxima[32], output_maxima[Shape::kMaxThreads / 32], block_maximum;
+  __shared__ uint32_t maxima[32], output_maxima[Shape::kMaxThreads / 32];
+  __shared__ uint32_t block_maxima[2];
   __shared__ int32_t row_starts[64 * Shape::kTiles];
   static_assert(
-      sizeof(maxima) + sizeof(output_maxima) + sizeof(block_maximum) + sizeof(row_starts) <= 1024,
+      sizeof(maxima) + sizeof(output_maxima) + sizeof(block_maxima) + sizeof(row_starts) <= 1024,
       "kMmaStaticSmem");
   grid_dependency_launch();
   if (threadIdx.x < 32) maxima[threadIdx.x] = 0;
@@ -271,6 +272,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
   if (p.scaling == RowScale::kStatic) quantizer.inv_scale = number_scale(__frcp_rn(*p.scale));
   // For a whole warp, whose lanes shuffle.
   const bool has_task = threadIdx.x / 32 * 32 < p.k / 4 * Shape::kChunks;
+  int parity = 0;
 #pragma unroll 1
   for (uint32_t block = blockIdx.x; block < static_cast<uint32_t>(p.blocks); block += gridDim.x) {
     const BlockOrigin origin(p, block);
@@ -282,7 +284,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
 #pragma unroll
       for (int e = 0; e < 32; ++e) largest = larger_magnitude(largest, v[e / 8][e % 8]);
       const uint32_t bits = wait_for_maximum(magnitude_bits(largest), maxima);
-      if (threadIdx.x == 0) block_maximum = bits;
+      if (threadIdx.x == 0) block_maxima[parity] = bits;
       scale = integer_scale(bits, p.norm);
       store_plane_cores<Shape>(p, scale, v);
     } else {
@@ -291,7 +293,9 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
     // Reduced, though it is one: for the compiler it is then the warp's, in no lane's register.
-    if (!has_task) scale = integer_scale(__reduce_max_sync(0xFFFFFFFFu, block_maximum), p.norm);
+    if (!has_task)
+      scale = integer_scale(__reduce_max_sync(0xFFFFFFFFu, block_maxima[parity]), p.norm);
+    parity ^= 1;
     prefetch_block(p, block + gridDim.x);
     const int64_t block_at = static_cast<int64_t>(block) * p.block_size;
     finish_block(p, origin.row, quantizer, output_maxima, [&](bool maximum, float& seen) {
