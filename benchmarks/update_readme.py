@@ -133,11 +133,13 @@ def finetune_summary(results: list[dict]) -> list[dict]:
     for result in results:
         for run, row in zip(result["runs"], result["rows"], strict=True):
             setting, prefix, phase, *figures = row
-            tuning = run.get("recipe", {}).get("finetune")
+            recipe = run.get("recipe", {})
+            tuning = recipe.get("finetune")
             epochs = extras = ""
             if tuning:
-                mixed = ", mixed" if tuning.get("e2e_mix") else ""
-                epochs = f"{tuning['epochs']} + {tuning['e2e_epochs']}{mixed}"
+                marks = {"mixed": tuning.get("e2e_mix"), "centred": recipe.get("centre")}
+                parts = [f"{tuning['epochs']} + {tuning['e2e_epochs']}"]
+                epochs = ", ".join(parts + [mark for mark, set_ in marks.items() if set_])
                 trained = {"e2e_norms": "norms", "e2e_prefix": "prefix"}
                 extras = ", ".join(name for key, name in trained.items() if tuning[key])
             table = tables.setdefault(
@@ -149,7 +151,8 @@ def finetune_summary(results: list[dict]) -> list[dict]:
                     "rows": [],
                     "note": result["note"] + " Epochs: of Block-AP + end to end; the latter trains "
                     "norms and the prefix's K/V too where its row says so; where that is mixed, it "
-                    "strings the samples together anew every epoch and cuts them elsewhere.",
+                    "strings the samples together anew every epoch and cuts them elsewhere. Rows "
+                    "that do not say centred are of before means were taken out.",
                 },
             )
             label = phase + (f" ({extras} too)" if extras and phase.startswith("then") else "")

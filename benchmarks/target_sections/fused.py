@@ -41,14 +41,17 @@ def row_quantization(folder: Path) -> Iterator[Target]:
         cells = {(c["operation"], c["rows"], c["columns"]): c for c in result["cells"]}
         widths = {columns for operation, _, columns in cells if operation == "rmsnorm_quantize"}
         for columns in sorted(widths):
+            for operation in ("rmsnorm_quantize", "rmsnorm_quantize_shift"):
+                tag = f"{gpu}, {operation} x {columns}"
+                one = cells.get((operation, 1, columns))
+                us = one["us"]["ours"][0] if one else None
+                yield Target(f"{tag}: 1 token", 4.0, us, " us", at_most=True)
+                for m in _many(result["cells"]):
+                    cell = cells.get((operation, m, columns))
+                    share = cell["% of copy"] if cell else None
+                    yield Target(f"{tag}: {m} tokens, share of copy", 80.0, share, "%")
             tag = f"{gpu}, rmsnorm_quantize x {columns}"
-            one, many = (cells.get(("rmsnorm_quantize", m, columns)) for m in (1, 4096))
-            us = one["us"]["ours"][0] if one else None
-            yield Target(f"{tag}: 1 token", 4.0, us, " us", at_most=True)
-            for m in _many(result["cells"]):
-                cell = cells.get(("rmsnorm_quantize", m, columns))
-                share = cell["% of copy"] if cell else None
-                yield Target(f"{tag}: {m} tokens, share of copy", 80.0, share, "%")
+            many = cells.get(("rmsnorm_quantize", 4096, columns))
             ratio = many["us"]["torch"][0] / many["us"]["ours"][0] if many else None
             yield Target(f"{tag}: 4096 tokens, over torch", 4.0, ratio)
             dynamic = cells.get(("rmsnorm_quantize_dynamic", 4096, columns))
