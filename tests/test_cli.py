@@ -71,9 +71,13 @@ def test_inspect(checkpoint):
     assert result.exit_code == 0
     assert "w4a4kv4" in result.stdout
     assert "linear weights" in result.stdout
+    assert "; centred" in result.stdout
     data = json.loads(run("inspect", checkpoint, "--json", "--check-values").stdout)
     assert data["bytes"]["linear_weights"] == 2 * (32 * 32 * 2 + 32 * 16 * 2 + 32 * 64 * 3) // 2
     assert data["architecture"]["num_layers"] == 2
+    content = (checkpoint / WEIGHTS_NAME).read_bytes()
+    assert data["bytes"]["total"] == len(content) - 8 - struct.unpack("<Q", content[:8])[0]
+    assert data["bytes"]["shifts"] == 2 * 2 * 32 * 2
 
 
 def test_inspect_reads_no_weights(checkpoint, tmp_path):
@@ -215,6 +219,7 @@ def test_dry_run_writes_nothing(model_folder, tmp_path):
     assert result.exit_code == 0, result.stderr
     plan = json.loads(result.stdout)
     assert plan["bytes"]["linear_weights"] == 2 * (32 * 32 * 2 + 32 * 16 * 2 + 32 * 64 * 3) // 2
+    assert plan["bytes"]["shifts"] == 2 * 2 * 32 * 2
     estimate = plan["estimate"]
     assert 0 < estimate["seconds"] < 600
     # Two layers of some thousand weights: what is held is what this process holds already.

@@ -315,7 +315,7 @@ _BYTES = {"U8": 1, "I8": 1, "I32": 4, "F16": 2, "BF16": 2, "F32": 4}
 def storage(sizes: ModelSizes, quantization: QuantizationConfig) -> dict[str, int]:
     """Bytes on the disk by kind, and ``float16`` for the same tensors of the unquantized model.
 
-    A bias may be stored in 16 or 32 bits; it is counted as 16.
+    A bias may be stored in 16 or 32 bits; it is counted as 32, which is what `quantize` writes.
     """
     totals = dict.fromkeys(
         (
@@ -347,7 +347,8 @@ def storage(sizes: ModelSizes, quantization: QuantizationConfig) -> dict[str, in
             kind = "prefix"
         else:
             kind = "norms"
-        totals[kind] += math.prod(spec.shape) * _BYTES[spec.dtypes[0]] * sizes.num_layers
+        dtype = "F32" if kind == "biases" else spec.dtypes[0]
+        totals[kind] += math.prod(spec.shape) * _BYTES[dtype] * sizes.num_layers
     totals["norms"] += 2 * sizes.hidden_size
     totals["embedding"] = totals["lm_head"] = 2 * sizes.vocab_size * sizes.hidden_size
     total = sum(totals.values())

@@ -60,6 +60,7 @@ def plan_report(
         outlier_fraction=recipe.stored_outlier_fraction,
         activation_mode=recipe.scheme.activation_mode,
         kv_mode=recipe.scheme.kv_mode,
+        centred=recipe.centred,
     )
     storage = checkpoint_layout.storage(sizes, quantization)
     shape = BlockShape(geometry, rotations.r3_size, rotations.r4_size)

@@ -213,7 +213,8 @@ def describe_checkpoint(report: Mapping[str, Any]) -> str:
         f"{quantization['producer']}",
         f"prefix     {describe_prefix(quantization)}",
         f"rotations  {', '.join(names) or 'none'}"
-        + (f" (R4 blocks of {rotations['r4_block_size']})" if rotations["r4"] else ""),
+        + (f" (R4 blocks of {rotations['r4_block_size']})" if rotations["r4"] else "")
+        + ("; centred" if quantization.get("centred") else ""),
         f"tensors    {report['tensors']}",
         "",
         table(_describe_bytes(report["bytes"])),
