@@ -12,6 +12,7 @@ from prefixquant.observe import SAMPLES
 from prefixquant.rotate import RotationPlan, plan_rotations
 
 
+@torch.no_grad()
 def make_decoder(
     model: nn.Module,
     plan: RotationPlan,

@@ -3,7 +3,6 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from prefixquant.block import PrefixKV, block_forward
@@ -14,7 +13,6 @@ from prefixquant.roles import BlockWeights
 SAMPLES = 8  # of those that calibration searches on: 8192 tokens give a channel's mean and size
 
 
-@torch.no_grad()
 def observe_blocks(
     decoder: FloatDecoder,
     samples: Tensor,
