@@ -86,10 +86,8 @@ class DecoderStep::Worker {
     p.x = hidden_;
     p.x_type = FloatType::kFloat32;
     p.x_stride = p.cols = step_.sizes_.hidden;
-    p.weight = norm.weight.data;
-    p.weight_type = norm.weight.type;
-    p.shift = norm.shift.data;
-    p.shift_type = norm.shift.type;
+    p.weight = norm.weight;
+    p.shift = norm.shift;
     p.eps = step_.sizes_.eps;
     p.output = RowOutput::kInt8;
     p.quantizer = next.input;

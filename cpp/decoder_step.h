@@ -78,12 +78,8 @@ class DecoderStep {
            const TensorView& lengths);
 
  private:
-  struct ChannelsPlan {  // [hidden], null where absent
-    const void* data;
-    FloatType type;
-  };
   struct NormPlan {
-    ChannelsPlan weight, shift;
+    ChannelVector weight, shift;  // [hidden]
   };
   struct LinearPlan {
     GemmParams gemm;  // all but x, y, m and the buffers of a thread
@@ -98,7 +94,6 @@ class DecoderStep {
   };
   class Worker;  // one thread of a run
 
-  ChannelsPlan plan_channels(const OptionalTensor& tensor, const char* name) const;
   LinearPlan plan_linear(const LinearTensors& tensors, const char* name, int64_t n,
                          int64_t k) const;
   void plan_attention(const AttentionTensors& tensors, Block& block) const;

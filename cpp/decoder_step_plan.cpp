@@ -69,15 +69,6 @@ DecoderStep::DecoderStep(const DecoderSizes& sizes, const TensorView& cos, const
   attended_.resize(kMaxRows * attended);
 }
 
-DecoderStep::ChannelsPlan DecoderStep::plan_channels(const OptionalTensor& tensor,
-                                                     const char* name) const {
-  if (!tensor) return {nullptr, FloatType::kFloat32};
-  const ArgumentChecker check{kOp};
-  const FloatType type = float_type(check, *tensor, name);
-  check_vector(check, *tensor, name, tensor->dtype, sizes_.hidden);
-  return {tensor->ptr, type};
-}
-
 DecoderStep::LinearPlan DecoderStep::plan_linear(const LinearTensors& t, const char* name,
                                                  int64_t n, int64_t k) const {
   const ArgumentChecker check{kOp};
@@ -187,11 +178,12 @@ void DecoderStep::add_block(const OptionalTensor& input_norm, const OptionalTens
                             const OptionalTensor& post_shift, const LinearTensors& gate_up,
                             const LinearTensors& down) {
   const int64_t attended = sizes_.heads * sizes_.head_dim;
+  const auto channels = [&](const OptionalTensor& t, const char* name) {
+    return checked_channels(ArgumentChecker{kOp}, t, name, sizes_.hidden);
+  };
   Block block{};
-  block.input_norm = {plan_channels(input_norm, "input_norm"),
-                      plan_channels(input_shift, "input_shift")};
-  block.post_norm = {plan_channels(post_norm, "post_norm"),
-                     plan_channels(post_shift, "post_shift")};
+  block.input_norm = {channels(input_norm, "input_norm"), channels(input_shift, "input_shift")};
+  block.post_norm = {channels(post_norm, "post_norm"), channels(post_shift, "post_shift")};
   block.qkv =
       plan_linear(qkv, "qkv", attended + 2 * sizes_.kv_heads * sizes_.head_dim, sizes_.hidden);
   block.o = plan_linear(o, "o", sizes_.hidden, attended);

@@ -18,18 +18,6 @@ PQ_KERNEL_TABLE(RmsnormKernel, rmsnorm_rows);
 
 namespace {
 
-// A vector [cols] of any floating dtype, or null where it is absent.
-const void* checked_channels(const ArgumentChecker& check, const OptionalTensor& t,
-                             const char* name, int64_t cols, FloatType& type) {
-  if (!t) return nullptr;
-  check.on_cpu(*t, name);
-  type = float_type(check, *t, name);
-  check.rank(*t, name, 1);
-  check.size(*t, name, 0, cols);
-  check.contiguous(*t, name);
-  return t->ptr;
-}
-
 RmsnormRows plan(const ArgumentChecker& check, const TensorView& x, const RowView& rows,
                  const OptionalTensor& weight, double eps, const OptionalTensor& shift = {}) {
   RmsnormRows params{};
@@ -38,8 +26,8 @@ RmsnormRows plan(const ArgumentChecker& check, const TensorView& x, const RowVie
   params.x_stride = rows.stride;
   params.cols = rows.cols;
   params.eps = eps;
-  params.weight = checked_channels(check, weight, "weight", rows.cols, params.weight_type);
-  params.shift = checked_channels(check, shift, "shift", rows.cols, params.shift_type);
+  params.weight = checked_channels(check, weight, "weight", rows.cols);
+  params.shift = checked_channels(check, shift, "shift", rows.cols);
   PQ_CHECK(check.op, eps >= 0.0, "eps: expected 0 or more, got ", eps);
   return params;
 }

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "argument_checks.h"
 #include "gemm_params.h"  // thread_scratch
 #include "kernels/params.h"
 #include "tensor_view.h"
@@ -43,6 +44,16 @@ inline FloatType float_type(const ArgumentChecker& check, const TensorView& t, c
   check.floating(t, name);
   if (t.dtype == DType::kFloat32) return FloatType::kFloat32;
   return t.dtype == DType::kBFloat16 ? FloatType::kBFloat16 : FloatType::kFloat16;
+}
+
+// A floating vector with an element for each of cols channels, or none.
+inline ChannelVector checked_channels(const ArgumentChecker& check, const OptionalTensor& t,
+                                      const char* name, int64_t cols) {
+  if (!t) return {nullptr, FloatType::kFloat32};
+  check.on_cpu(*t, name);
+  const FloatType type = float_type(check, *t, name);
+  check_vector(check, *t, name, t->dtype, cols);
+  return {t->ptr, type};
 }
 
 // Shape, dtype and layout of two values a byte; the device is left to the caller.

@@ -16,6 +16,12 @@ struct QuantizerParams {
   float qmax;       //  2^(bits-1) - 1
 };
 
+// A vector [cols] beside rows of cols elements; data is null where it is absent.
+struct ChannelVector {
+  const void* data;
+  FloatType type;
+};
+
 // One Hadamard of size block = pow2 * k; k outer. block = 1 stands for "no transform".
 struct HadamardParams {
   int64_t block;
@@ -52,10 +58,8 @@ struct RmsnormRows {
   int64_t x_stride;
   void* residual;  // [rows, cols] of x_type or null: becomes residual + x, which is then normalized
   int64_t residual_stride;
-  const void* weight;  // [cols] or null
-  FloatType weight_type;
-  const void* shift;  // [cols] or null: subtracted from what the static quantizer gets
-  FloatType shift_type;
+  ChannelVector weight;
+  ChannelVector shift;  // subtracted from what the static quantizer gets
   double eps;
   void* y;  // [rows, cols or cols / 2] contiguous
   RowOutput output;

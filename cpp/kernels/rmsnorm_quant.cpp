@@ -75,8 +75,9 @@ PQ_INLINE void normalize_quantize(const float* x, float rstd, const float* shift
 // The shift in float32, where it is or in `scratch`: one type for all rows, so that the kernels
 // above need no third type beside those of x and weight.
 PQ_INLINE const float* float_shift(const RmsnormRows& p, float* scratch) {
-  if (!p.shift || p.shift_type == FloatType::kFloat32) return static_cast<const float*>(p.shift);
-  with_float_type(p.shift_type, p.shift, [&](auto* shift) { load_row(shift, scratch, p.cols); });
+  const auto [data, type] = p.shift;
+  if (!data || type == FloatType::kFloat32) return static_cast<const float*>(data);
+  with_float_type(type, data, [&](auto* shift) { load_row(shift, scratch, p.cols); });
   return scratch;
 }
 
@@ -140,7 +141,7 @@ void rmsnorm_rows(const RmsnormRows& p, int64_t row_begin, int64_t row_end, floa
       }
       const double mean = sum_of_squares(x, padded) / static_cast<double>(p.cols);
       const float rstd = static_cast<float>(1.0 / __builtin_sqrt(mean + p.eps));
-      if (!p.weight) {
+      if (!p.weight.data) {
         finish_row(
             p, row, from, normalized, levels,
             [=](auto use) PQ_INLINE_LAMBDA { normalize(x, rstd, p.cols, use); },
@@ -148,7 +149,7 @@ void rmsnorm_rows(const RmsnormRows& p, int64_t row_begin, int64_t row_end, floa
                 PQ_INLINE_LAMBDA { normalize_quantize(x, rstd, shift, q, p.cols, p.quantizer); });
         return;
       }
-      with_float_type(p.weight_type, p.weight, [&](auto* weight) {
+      with_float_type(p.weight.type, p.weight.data, [&](auto* weight) {
         finish_row(
             p, row, from, normalized, levels,
             [=](auto use) PQ_INLINE_LAMBDA { normalize(x, weight, rstd, p.cols, use); },
