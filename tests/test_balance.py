@@ -20,7 +20,7 @@ def measured(model, samples=None, mask=None):
     counted = Counted(samples.shape, 2, 64.0, plain.device)
     if mask is not None:
         counted.mask &= mask
-    return measure_balance(plain, samples, plain.prefix((5, 0)), counted)
+    return measure_balance(plain, samples, (5, 0), counted)
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ def measured(model, samples=SAMPLES, mask=None):
     counted = Counted(samples.shape, len(PREFIX), 64.0, decoder.device)
     if mask is not None:
         counted.mask &= mask
-    return measure_centre(decoder, samples, decoder.prefix(PREFIX), counted)
+    return measure_centre(decoder, samples, PREFIX, counted)
 
 
 @pytest.mark.parametrize("rotate", [False, True])
@@ -51,13 +51,11 @@ def test_logits_do_not_change(family, prefix, rotate):
 def test_nothing_is_left_of_the_means(family):
     """The invariance above would also hold if nothing were taken out."""
     model = tiny_family(family)
-    decoder = FloatDecoder(model, plan_of(model))
-    prefix, counted = decoder.prefix(PREFIX), torch.ones(SAMPLES.shape, dtype=torch.bool)
+    counted = torch.ones(SAMPLES.shape, dtype=torch.bool)
     counted[:, 0] = False
     before, after = {}, {}
-    centre = measured(model)
-    for seen, used in ((before, None), (after, centre)):
-        decoder.centre = used
+    for seen, centre in ((before, None), (after, measured(model))):
+        decoder = FloatDecoder(model, plan_of(model), centre=centre)
         x, rope = decoder.embed(SAMPLES), decoder.rope(SAMPLES.shape[1])
         prefix = decoder.prefix(PREFIX)
         for index in range(len(decoder)):

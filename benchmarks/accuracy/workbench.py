@@ -113,7 +113,7 @@ class Workbench:
             samples,
             ids,
             balance=setting.balance,
-            centre=setting.centre and scheme.activation_bits < 16,
+            centre=RecipeConfig(scheme=scheme, centre=setting.centre).centred,
             eta=RecipeConfig().eta,
             device=self.device,
         )

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from prefixquant.balance import BlockBalance, balanced, balanced_heads
-from prefixquant.block import PrefixKV
 from prefixquant.counted import Counted
 from prefixquant.decoder import FloatDecoder
 from prefixquant.observe import observe_blocks
@@ -13,13 +12,14 @@ from prefixquant.roles import BlockWeights, Geometry
 
 
 def measure_balance(
-    decoder: FloatDecoder, samples: Tensor, prefix: list[PrefixKV], counted: Counted
+    decoder: FloatDecoder, samples: Tensor, prefix: tuple[int, ...], counted: Counted
 ) -> list[BlockBalance]:
     """The balance of every block on samples, with the prefix in place.
 
     Args:
         decoder: without rotations, and without a balance.
         samples: int64 [n, T].
+        prefix: its tokens.
         counted: the tokens that count.
     """
     found = []

@@ -87,10 +87,12 @@ def quantize_point(x: Tensor, point: str, scales: BlockScales) -> Tensor:
     return quantizer(x, scale, scales.activation_bits)
 
 
-def read_by(block: BlockWeights, point: str, x: Tensor) -> Tensor:
-    """A normed x as the linears of its activation point read it: with the shift taken out."""
-    shift = block.shifts.get(point)
-    return x if shift is None else x - shift
+def normed(block: BlockWeights, shape: BlockShape, point: str, x: Tensor) -> Tensor:
+    """What the linears of "qkv" or "gate_up" read of the stream x [B, T, C], not quantized: behind
+    the norm, with the point's shift taken out."""
+    weight = block.input_norm if point == "qkv" else block.post_norm
+    y, shift = rms_norm(x, weight, shape.geometry.eps), block.shifts.get(point)
+    return y if shift is None else y - shift
 
 
 def quantize_heads(x: Tensor, scale: Tensor | None, bits: int, mode: str = "static") -> Tensor:
@@ -155,9 +157,9 @@ def attention_half(
 ) -> Tensor:
     """``x + o_proj(attention(q, k, v))`` for x [B, T, C]."""
     scales = scales or BlockScales()
-    normed = read_by(block, "qkv", rms_norm(x, block.input_norm, shape.geometry.eps))
-    tap("qkv", normed)
-    q, k, v = project_qkv(block, shape, quantize_point(normed, "qkv", scales), rope)
+    read = normed(block, shape, "qkv", x)
+    tap("qkv", read)
+    q, k, v = project_qkv(block, shape, quantize_point(read, "qkv", scales), rope)
     for name, value in (("q", q), ("k", k), ("v", v)):
         tap(name, value)
     k = quantize_heads(k, scales.k, scales.kv_bits, scales.kv_mode)
@@ -176,10 +178,10 @@ def mlp_half(
 ) -> Tensor:
     """``x + down_proj(R4(silu(gate) * up))`` for x [B, T, C]."""
     scales = scales or BlockScales()
-    normed = read_by(block, "gate_up", rms_norm(x, block.post_norm, shape.geometry.eps))
-    tap("gate_up", normed)
-    normed = quantize_point(normed, "gate_up", scales)
-    inner = F.silu(linear(block, "gate", normed)) * linear(block, "up", normed)
+    read = normed(block, shape, "gate_up", x)
+    tap("gate_up", read)
+    read = quantize_point(read, "gate_up", scales)
+    inner = F.silu(linear(block, "gate", read)) * linear(block, "up", read)
     tap("mlp", inner)
     inner = rotate_last_dim(inner, shape.r4_size)
     tap("down", inner)

@@ -8,7 +8,7 @@ and makes up for them.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,10 @@ from prefixquant.block import (
     attention_half,
     linear,
     mlp_half,
+    normed,
     project_qkv,
     quantize_heads,
     quantize_point,
-    read_by,
-    rms_norm,
 )
 from prefixquant.compensate import compensate, input_shortfall, output_shortfall
 from prefixquant.config import COMPENSATION, RecipeConfig, Scheme
@@ -180,21 +179,12 @@ class _BlockQuantizer:
         self.quantized: dict[str, QuantizedWeight] = {}
         self.weight_errors: dict[str, float] = {}
         self.targets: dict[str, Tensor] = {}
-        self.simulated = BlockWeights(
-            dict(block.weights),
-            dict(block.biases),
-            block.input_norm,
-            block.post_norm,
-            block.q_norm,
-            block.k_norm,
-            block.shifts,
-        )
+        self.simulated = replace(block, weights=dict(block.weights), biases=dict(block.biases))
 
-    def _normed(self, point: str, x: Tensor) -> Tensor:
-        """What the linears of "qkv" or "gate_up" read of the stream x, not quantized."""
-        block = self.float_block
-        weight = block.input_norm if point == "qkv" else block.post_norm
-        return read_by(block, point, rms_norm(x, weight, self.shape.geometry.eps))
+    def _behind_norm(self, point: str, x: Tensor, floating: Tensor) -> Tensor:
+        """`point` of "qkv" or "gate_up", of the streams of the quantized and of the float model."""
+        read, wanted = (normed(self.float_block, self.shape, point, t) for t in (x, floating))
+        return self.point(point, read, wanted)
 
     def _rows(self, x: Tensor) -> Tensor:
         """The tokens that count: x [n, T, ...] -> [N, ...]."""
@@ -282,15 +272,14 @@ class _BlockQuantizer:
         """Goes through the block once with the quantized stream x [n, T, C]; returns the stream
         after it."""
         block = self.simulated
-        normed = self.point("qkv", self._normed("qkv", x), self._normed("qkv", floating.entering))
-        q, k, v = project_qkv(block, self.shape, normed, self.rope)
+        read = self._behind_norm("qkv", x, floating.entering)
+        q, k, v = project_qkv(block, self.shape, read, self.rope)
         k, v = self.kv(q, k, v)
         mixed = torch.cat([attend(*part, self.prefix) for part in _batches(q, k, v)])
         mixed = self.point("o", mixed, floating.middle - x)
         x = x + linear(block, "o", mixed)
-        normed = self._normed("gate_up", x)
-        normed = self.point("gate_up", normed, self._normed("gate_up", floating.middle))
-        inner = F.silu(linear(block, "gate", normed)) * linear(block, "up", normed)
+        read = self._behind_norm("gate_up", x, floating.middle)
+        inner = F.silu(linear(block, "gate", read)) * linear(block, "up", read)
         inner = rotate_last_dim(inner, self.shape.r4_size)
         inner = self.point("down", inner, floating.leaving - x)
         return x + linear(block, "down", inner)

@@ -3,7 +3,6 @@
 
 from torch import Tensor
 
-from prefixquant.block import PrefixKV
 from prefixquant.centre import BlockCentre
 from prefixquant.counted import Counted
 from prefixquant.decoder import FloatDecoder
@@ -14,13 +13,14 @@ _POINTS = ("qkv", "o", "gate_up")
 
 
 def measure_centre(
-    decoder: FloatDecoder, samples: Tensor, prefix: list[PrefixKV], counted: Counted
+    decoder: FloatDecoder, samples: Tensor, prefix: tuple[int, ...], counted: Counted
 ) -> list[BlockCentre]:
     """The means of every block on samples, with the prefix in place.
 
     Args:
         decoder: not centred.
         samples: int64 [n, T].
+        prefix: its tokens.
         counted: the tokens that count.
     """
     found = []

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A transformers model as embedding, rotated blocks and head, one block in memory at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +49,7 @@ class FloatDecoder:
         dtype: the dtype of all computation and of the blocks handed out.
         device: where blocks are computed.
         balance: of every block, applied before the rotations; None: the weights as they are.
-        centre: of every block, applied behind the rotations; None: nothing is subtracted. It may
-            be set later.
+        centre: of every block, applied behind the rotations; None: nothing is subtracted.
     """
 
     def __init__(
@@ -116,24 +115,31 @@ class FloatDecoder:
 
     def prefix(self, token_ids: tuple[int, ...]) -> list[PrefixKV]:
         """K (after RoPE at positions -P..-1, and R3) and V of the prefix in every block."""
-        kv: list[PrefixKV] = []
-        x = self.embed(torch.tensor([token_ids], dtype=torch.long)) if token_ids else None
-        for index in range(len(self)):
-            if x is None:
-                empty = torch.zeros(
-                    self.geometry.kv_heads,
-                    0,
-                    self.geometry.head_dim,
-                    dtype=self.dtype,
-                    device=self.device,
-                )
-                kv.append(PrefixKV(empty, empty))
-                continue
+        if not token_ids:
+            return [self._no_prefix() for _ in range(len(self))]
+        through = self.prefix_stream(token_ids)
+        return [through(self.block(index)) for index in range(len(self))]
+
+    def prefix_stream(self, token_ids: tuple[int, ...]) -> Callable[[BlockWeights], PrefixKV]:
+        """The prefix on its way through the blocks, for who has them at hand: called with one block
+        after the other, gives its K and V there, as `prefix`."""
+        if not token_ids:
+            return lambda block: self._no_prefix()
+        x = self.embed(torch.tensor([token_ids], dtype=torch.long))
+        rope = self.rope(len(token_ids), start=-len(token_ids))
+
+        def through(block: BlockWeights) -> PrefixKV:
+            nonlocal x
             seen: dict[str, Tensor] = {}
-            rope = self.rope(len(token_ids), start=-len(token_ids))
-            x = block_forward(self.block(index), self.shape, x, rope, tap=seen.__setitem__)
-            kv.append(PrefixKV(seen["k"][0].clone(), seen["v"][0].clone()))
-        return kv
+            x = block_forward(block, self.shape, x, rope, tap=seen.__setitem__)
+            return PrefixKV(seen["k"][0].clone(), seen["v"][0].clone())
+
+        return through
+
+    def _no_prefix(self) -> PrefixKV:
+        shape = (self.geometry.kv_heads, 0, self.geometry.head_dim)
+        empty = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return PrefixKV(empty, empty)
 
     def run(
         self,

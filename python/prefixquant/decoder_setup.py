@@ -35,13 +35,13 @@ def make_decoder(
 
     def measured(measure, decoder: FloatDecoder) -> list:
         counted = Counted(samples.shape, len(prefix), eta, decoder.device)
-        return measure(decoder, samples, decoder.prefix(prefix), counted)
+        return measure(decoder, samples, prefix, counted)
 
-    scales = None
+    scales = means = None
     if balance and plan.rotations.r4:
         plain = FloatDecoder(model, plan_rotations(plan.geometry, rotate=False), device=device)
         scales = measured(measure_balance, plain)
-    decoder = FloatDecoder(model, plan, device=device, balance=scales)
     if centre:
-        decoder.centre = measured(measure_centre, decoder)
-    return decoder
+        uncentred = FloatDecoder(model, plan, device=device, balance=scales)
+        means = measured(measure_centre, uncentred)
+    return FloatDecoder(model, plan, device=device, balance=scales, centre=means)

@@ -16,7 +16,7 @@ SAMPLES = 8  # of those that calibration searches on: 8192 tokens give a channel
 def observe_blocks(
     decoder: FloatDecoder,
     samples: Tensor,
-    prefix: list[PrefixKV],
+    prefix: tuple[int, ...],
     counted: Counted,
     *,
     batch: int = 2,
@@ -28,10 +28,12 @@ def observe_blocks(
 
     Args:
         samples: int64 [n, T].
+        prefix: its tokens; they go through every block in front of the samples.
     """
     x, rope = decoder.embed(samples), decoder.rope(samples.shape[1])
+    prefix_of = decoder.prefix_stream(prefix)
 
-    def batches(index: int, block: BlockWeights) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    def batches(block: BlockWeights, kv: PrefixKV) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         for start in range(0, len(samples), batch):
             rows = slice(start, start + batch)
             look, seen = counted.tap(rows), {}
@@ -40,9 +42,9 @@ def observe_blocks(
                 look(name, value)
                 seen[name] = value
 
-            x[rows] = block_forward(block, decoder.shape, x[rows], rope, prefix[index], tap=tap)
+            x[rows] = block_forward(block, decoder.shape, x[rows], rope, kv, tap=tap)
             yield seen, counted.mask[rows]
 
     for index in range(len(decoder)):
         block = decoder.block(index)
-        yield block, batches(index, block)
+        yield block, batches(block, prefix_of(block))
