@@ -18,7 +18,14 @@ from prefixquant.errors import UserError
 from prefixquant.finetune import BlockTuner, EndToEnd, Learned, LearnedBlock, Teacher
 from prefixquant.finetune.activations import ActivationStore
 from prefixquant.finetune.end_to_end import DistillationLoss
-from prefixquant.finetune.training import Schedule, Task, rate_factor, train
+from prefixquant.finetune.training import (
+    RunningMean,
+    Schedule,
+    Stepper,
+    Task,
+    rate_factor,
+    train,
+)
 from prefixquant.quantizer import fake_quantize, fake_quantize_dynamic, qrange
 from prefixquant.roles import model_geometry
 from prefixquant.rotate import plan_rotations
@@ -366,9 +373,12 @@ def test_a_disk_store_reads_what_was_written(tmp_path):
 
 
 @pytest.mark.parametrize("learned", [Learned(False), Learned(False, True, True), Learned(True)])
-def test_end_to_end_training_lowers_the_divergence(learned):
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_end_to_end_training_lowers_the_divergence(learned, average):
     setting = Setting(samples=64)
-    config = dataclasses.replace(CONFIG, samples=64, validation_samples=16, e2e_epochs=4)
+    config = dataclasses.replace(
+        CONFIG, samples=64, validation_samples=16, e2e_epochs=4, e2e_average=average
+    )
     tuner = setting.tuner(config)
     blocks, calibrated = [], []
     for index in range(2):
@@ -387,6 +397,43 @@ def test_end_to_end_training_lowers_the_divergence(learned):
     for before, after in zip(calibrated, frozen, strict=True):
         same_integers = all(torch.equal(w.q, before.weights[r].q) for r, w in after.weights.items())
         assert same_integers != learned.weights
+
+
+def test_a_running_mean_is_validated_and_kept_while_training_goes_on():
+    value = torch.nn.Parameter(torch.zeros(3))
+    target = torch.tensor([1.0, -2.0, 3.0])
+    seen = []
+
+    def validate():
+        seen.append(value.detach().clone())
+        return float(len(seen) == 1) + 1 / len(seen)  # ever better
+
+    loss = lambda: (value - target).square().sum()  # noqa: E731
+    stepper = Stepper([{"params": [value], "lr": 0.1}], loss, torch.device("cpu"), graph=False)
+    task = Task(lambda rows: None, validate, value.detach().clone, value.data.copy_)
+    schedule = Schedule(3, 4, 2, 3, torch.device("cpu"))
+    mean = RunningMean(stepper, 0.75)
+    means, expected, plain = [], torch.zeros(3), []
+    step = stepper.step
+
+    def counted(factor):
+        nonlocal expected
+        step(factor)
+        plain.append(value.detach().clone())
+        expected = 0.75 * expected + 0.25 * plain[-1]
+        means.append(expected)
+
+    stepper.step = counted
+    train(stepper, schedule, torch.Generator(), task, mean=mean)
+    torch.testing.assert_close(torch.stack(seen[1:]), torch.stack(means[1::2]))
+    torch.testing.assert_close(value.detach(), means[-1])
+    # Training itself goes on from the parameters: the same steps as without a mean.
+    other = torch.nn.Parameter(torch.zeros(3))
+    loss = lambda: (other - target).square().sum()  # noqa: E731
+    alone = Stepper([{"params": [other], "lr": 0.1}], loss, torch.device("cpu"), graph=False)
+    for index in range(6):
+        alone.step(rate_factor(index, 6))
+        assert torch.equal(other, plain[index])
 
 
 def test_mixed_samples_are_the_same_tokens_in_other_contexts():
@@ -461,6 +508,7 @@ def test_a_model_larger_than_the_device_stays_on_the_host(monkeypatch):
         ({"batch": 0}, "batch"),
         ({"samples": 8}, "train_samples"),
         ({"weight_rate": 1.5}, "weight_rate"),
+        ({"e2e_average": 1.0}, "e2e_average"),
         ({"activations": "tape"}, "activations"),
     ],
 )

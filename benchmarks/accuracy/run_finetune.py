@@ -69,6 +69,7 @@ class Run:
             e2e_prefix=arguments.e2e_prefix,
             e2e_prefix_rate=arguments.e2e_prefix_rate,
             e2e_mix=arguments.e2e_mix,
+            e2e_average=arguments.e2e_average,
             patience=arguments.patience,
         )
         return RecipeConfig(
@@ -111,6 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--e2e-norms", action="store_true", default=defaults.e2e_norms)
     parser.add_argument("--e2e-prefix", action="store_true", default=defaults.e2e_prefix)
     parser.add_argument("--e2e-mix", action="store_true", default=defaults.e2e_mix)
+    parser.add_argument("--e2e-average", type=float, default=defaults.e2e_average)
     parser.add_argument("--suffix", default="finetune", help="the result is NAME-SUFFIX.json")
     parser.add_argument(
         "--results", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy"

@@ -257,6 +257,7 @@ class FinetuneConfig:
     e2e_prefix: bool = False
     e2e_prefix_rate: float = 1e-3  # of the rms of the prefix's K or V in a block
     e2e_mix: bool = False  # string the samples together anew every epoch, and cut them elsewhere
+    e2e_average: float = 0.0  # decay of the running mean that is validated and kept; 0: none
     checkpointing: bool = False  # end to end: compute activations twice, keep one block's
     activations: str = "auto"  # where the streams are kept: device, host or disk
     folder: str | None = None  # of the streams on disk; None: the system's temporary folder
@@ -278,7 +279,8 @@ class FinetuneConfig:
             )
         for rate in dataclasses.fields(self):
             value = getattr(self, rate.name)
-            if rate.name.endswith("_rate") and not 0 <= value < 1:
+            shares = rate.name.endswith("_rate") or rate.name == "e2e_average"
+            if shares and not 0 <= value < 1:
                 raise UserError(f"{rate.name}: expected 0 to 1, got {value}")
         if self.activations not in ("auto", "device", "host", "disk"):
             raise UserError(

@@ -21,7 +21,14 @@ from prefixquant.config import FinetuneConfig
 from prefixquant.decoder import FloatDecoder
 from prefixquant.finetune.activations import ActivationStore, batches
 from prefixquant.finetune.learned import LearnedBlock
-from prefixquant.finetune.training import Schedule, Stepper, Task, train, training_mode
+from prefixquant.finetune.training import (
+    RunningMean,
+    Schedule,
+    Stepper,
+    Task,
+    train,
+    training_mode,
+)
 from prefixquant.roles import BlockWeights
 
 _LOGIT_ROWS = 2048  # rows of logits at once: [2048, 128256] in float32 are 1 GB
@@ -132,7 +139,8 @@ class EndToEnd:
             task = Task(self._load, self._validate, self._snapshot, self._restore)
             if config.e2e_mix:
                 task = replace(task, begin_epoch=lambda: self._mix(generator))
-            log = train(stepper, schedule, generator, task, on_epoch)
+            mean = RunningMean(stepper, config.e2e_average) if config.e2e_average else None
+            log = train(stepper, schedule, generator, task, on_epoch, mean)
             if config.e2e_mix:
                 self._place(self.samples[: self.trained])
         report = log.to_dict() | {"seconds": time.monotonic() - start}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from prefixquant.quantizer import matmul_dtype
 
@@ -135,6 +136,38 @@ class Stepper:
         self.total.zero_()
 
 
+class RunningMean:
+    """The exponential mean of what `stepper` trains: ``m = decay m + (1 - decay) p`` after a step.
+
+    A weight that lies between two levels is moved from one to the other by the noise of single
+    batches; its mean says where it belongs (stochastic weight averaging, arXiv 1803.05407).
+    """
+
+    def __init__(self, stepper: Stepper, decay: float):
+        self.parameters = [p for g in stepper.optimizer.param_groups for p in g["params"]]
+        self.values = [p.detach().clone() for p in self.parameters]
+        self._update = get_ema_multi_avg_fn(decay)
+
+    def update(self) -> None:
+        self._update(self.values, self.parameters, 1)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The parameters hold their means; afterwards they are what they were."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for parameter, value in zip(self.parameters, self.values, strict=True):
+            kept = parameter.clone()  # a captured graph knows both by their addresses
+            parameter.copy_(value)
+            value.copy_(kept)
+
+
 def rate_factor(step: int, steps: int) -> float:
     """A linear rise, and half a cosine from 1 to `LEAST_RATE`."""
     rising = min(1.0, (step + 1) / max(1.0, _WARMUP * steps))
@@ -191,12 +224,14 @@ def train(
     generator: torch.Generator,
     task: Task,
     on_epoch: Callable[[], None] = lambda: None,
+    mean: RunningMean | None = None,
 ) -> TrainingLog:
     """Trains and leaves the parameters that validated best, the start included.
 
     Args:
         generator: draws the order of samples.
         on_epoch: called at the end of every epoch.
+        mean: validated and kept in place of the parameters.
     """
     log = TrainingLog([task.validate()])
     best, kept = log.validation[0], task.snapshot()
@@ -207,13 +242,16 @@ def train(
         for index in range(schedule.batches):
             task.load(order[index * schedule.batch : (index + 1) * schedule.batch])
             stepper.step(rate_factor(epoch * schedule.batches + index, steps))
+            if mean is not None:
+                mean.update()
         log.training.append(stepper.total.item() / schedule.batches)
         stepper.total.zero_()
-        log.validation.append(task.validate())
+        with contextlib.nullcontext() if mean is None else mean.in_place():
+            log.validation.append(task.validate())
+            if log.validation[-1] < best:
+                best, kept, log.best_epoch = log.validation[-1], task.snapshot(), epoch + 1
         on_epoch()
-        if log.validation[-1] < best:
-            best, kept, log.best_epoch = log.validation[-1], task.snapshot(), epoch + 1
-        elif epoch + 1 - log.best_epoch >= schedule.patience:
+        if epoch + 1 - log.best_epoch >= schedule.patience:
             break
     task.restore(kept)
     return log
