@@ -153,6 +153,35 @@ def test_a_cta_that_takes_several_blocks(size, rows):
     check_swiglu(x, x.flip(0), signs, size, 4)
 
 
+PAIRED = [(108, 128), (148, 128), (68, 256), (108, 256)]  # k and 2^m
+
+
+@pytest.mark.parametrize(("k", "pow2"), PAIRED)
+@pytest.mark.parametrize(("rows", "blocks"), [(140, 2), (264, 1), (265, 1), (397, 1), (530, 1)])
+def test_blocks_of_integers_shared_by_ctas(k, pow2, rows, blocks):
+    """Clusters take a block, several one after the other, or one more than others."""
+    size = k * pow2
+    x = outlier_rows(rows, blocks * size, torch.bfloat16, factor=10.0)
+    x[3, 5] = torch.nan
+    x[rows - 1, size - 1] = torch.inf
+    signs = hadamard_signs(k)
+    check(x, signs, size)
+    if rows == 265:
+        check(x.half(), signs.flip(0).contiguous(), size, 8)
+        check_swiglu(x, x.flip(0), signs, size, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("k", "pow2"), PAIRED)
+def test_edges_of_blocks_shared_by_ctas(dtype, k, pow2):
+    """A block that is not finite, or all zeros, between others of the same cluster."""
+    size, signs = k * pow2, hadamard_signs(k)
+    x = edge_blocks(size, dtype).repeat(60, 1)
+    check(x, signs, size)
+    check(x, signs, size, 8)
+    check_swiglu(x, x.flip(0), signs, size)
+
+
 @pytest.mark.parametrize("k", SIGN_SIZES)
 @pytest.mark.parametrize("pow2", [1, 2, 4, 8, 16, 64, 128])
 def test_sign_matrices(k, pow2):

@@ -6,8 +6,8 @@
 //   bench_hadamard few [k]         fewer of them, for its slower tools
 //   bench_hadamard time            microseconds and shares of the copy bandwidth, back to back;
 //                                  for few rows also what a launch adds between two linear layers
-//   bench_hadamard sweep [k>N] [rows..]  the same for every configuration; HadamardSums::few and
-//                                  few_thousands are from it
+//   bench_hadamard sweep [k>N] [rows..]  the same for every configuration; HadamardSums::few,
+//                                  few_thousands and HadamardPairBlock::many are from it
 //   bench_hadamard                 check on larger sizes, then time
 #include <cuda_bf16.h>
 
@@ -72,6 +72,14 @@ constexpr RowScale kNone = RowScale::kNone, kStatic = RowScale::kStatic,
 
 enum class Size { kFew, kSmall, kLarge };
 
+// Whether CTAs share the block in hadamard_pair_wgmma_kernel.
+bool is_pair_block(int k, int64_t pow2) {
+  for (const HadamardPairBlock& block : kHadamardPairBlocks) {
+    if (block.k == k && block.pow2 == pow2) return true;
+  }
+  return false;
+}
+
 // only_k: 0 for all
 int check_all(Size size, int only_k) {
   int failed = 0, launches = 0;
@@ -80,7 +88,8 @@ int check_all(Size size, int only_k) {
     if (only_k && c.k != only_k) return;
     for (const int64_t rows : {1, small ? 3 : 5, 300}) {
       if (rows == 300 && (small || c.cols > 4096)) continue;
-      if (few && rows > 1 && c.cols > 2048 && c.cols != 28672) continue;
+      const bool walks = c.cols == 28672 || is_pair_block(c.k, c.block / c.k);
+      if (few && rows > 1 && c.cols > 2048 && !walks) continue;
       c.rows = rows;
       for (const RowScale scaling : {kNone, kStatic, kDynamic}) {
         for (const bool swiglu : {false, true}) {
@@ -104,8 +113,9 @@ int check_all(Size size, int only_k) {
     for (const int64_t pow2 : {2, 8, 16, 32, 64, 128, 256, 512}) {
       if (k * pow2 > 56000 || (k <= 60 && (pow2 == 16 || pow2 == 128 || pow2 == 256))) continue;
       if (small && pow2 > 64 && k > 28 && (k <= 60 || (k > 108 && pow2 > 128))) continue;
-      if (few && ((k % 3 != 1 && k != 96) || pow2 == 16 || pow2 == 32 || pow2 == 2 ||
-                  (k > 60 && pow2 > 64)))
+      if (few && !is_pair_block(k, pow2) &&
+          ((k % 3 != 1 && k != 96) || pow2 == 16 || pow2 == 32 || pow2 == 2 ||
+           (k > 60 && pow2 > 64)))
         continue;
       run({0, k * pow2 * (pow2 < 64 ? 2 : 1), k * pow2, k, false, kNone});
     }
@@ -238,9 +248,9 @@ struct Block {
   int64_t block;
   int k;
 };
-constexpr Block kBlocks[] = {{1536, 12},  {4864, 76},   {8192, 1},    {8960, 140},
-                             {9728, 76},  {11008, 172}, {12288, 12},  {13824, 108},
-                             {14336, 28}, {18944, 148}, {27648, 108}, {28672, 28}};
+constexpr Block kBlocks[] = {{1536, 12},   {4864, 76},   {8192, 1},    {8960, 140}, {9728, 76},
+                             {11008, 172}, {12288, 12},  {13824, 108}, {14336, 28}, {17408, 68},
+                             {18944, 148}, {27648, 108}, {28672, 28}};
 
 void time_all() {
   const double copy = copy_bandwidth();

@@ -101,10 +101,13 @@ inline std::vector<HadamardConfig> configs_of(const RowHadamardParams& p) {
   const bool vectors = hadamard_vectors(p);
   std::vector<HadamardConfig> configs = {
       choose_hadamard_config(p, vectors, device), hadamard_sums_config(p, vectors, device),
-      hadamard_pair_config(p, vectors, device), hadamard_mma_config(p, vectors, device),
-      hadamard_wgmma_config(p, vectors, device)};
-  configs.push_back(hadamard_pair_config(p, vectors, device));
-  configs.back().grid = std::min<int64_t>(2, configs.back().grid);  // one pair takes all blocks
+      hadamard_pair_config(p, vectors, device),   hadamard_mma_config(p, vectors, device),
+      hadamard_wgmma_config(p, vectors, device),  hadamard_pair_wgmma_config(p, vectors, device)};
+  for (const auto& pair_config : {hadamard_pair_config, hadamard_pair_wgmma_config}) {
+    configs.push_back(pair_config(p, vectors, device));
+    // One cluster takes all blocks.
+    configs.back().grid = std::min<int64_t>(configs.back().cluster, configs.back().grid);
+  }
   for (const int cluster : {1, 2, 4, 8, 16}) {
     configs.push_back(hadamard_cluster_config(p, vectors, device, cluster));
     if (hadamard_sums_are_integers(p.k)) continue;
@@ -119,10 +122,13 @@ inline std::vector<HadamardConfig> configs_of(const RowHadamardParams& p) {
 }
 
 inline std::string text_of(const HadamardConfig& config) {
-  static const char* const kNames[] = {"registers", "sums",    "pair",   "mma",
-                                       "wgmma",     "cluster", "generic"};
+  static const char* const kNames[] = {"registers", "sums",       "pair",    "mma",
+                                       "wgmma",     "pair/wgmma", "cluster", "generic"};
   const bool shared = config.kernel == HadamardKernel::kCluster;
-  if (config.kernel == HadamardKernel::kPair) return "pair of " + std::to_string(config.grid);
+  if (config.kernel == HadamardKernel::kPair || config.kernel == HadamardKernel::kPairWgmma) {
+    return std::string(kNames[static_cast<int>(config.kernel)]) + " of " +
+           std::to_string(config.grid);
+  }
   return kNames[static_cast<int>(config.kernel)] +
          (shared ? "/" + std::to_string(config.cluster) + " x " + std::to_string(config.threads)
                  : "");

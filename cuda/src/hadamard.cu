@@ -157,6 +157,16 @@ HadamardMmaKernel wgmma_kernel(int steps, int pow2, bool swiglu) {
   return nullptr;
 }
 
+template <int kIndex = 0>
+HadamardMmaKernel pair_wgmma_kernel(int64_t k, int pow2, bool swiglu) {
+  constexpr HadamardPairBlock kBlock = kHadamardPairBlocks[kIndex];
+  if (k == kBlock.k && pow2 == kBlock.pow2) return hadamard_pair_wgmma_instance<kIndex>(swiglu);
+  if constexpr (kIndex + 1 < kHadamardPairBlockCount) {
+    return pair_wgmma_kernel<kIndex + 1>(k, pow2, swiglu);
+  }
+  return nullptr;
+}
+
 void launch_mma(const RowHadamardParams& p, const HadamardConfig& config, int arch,
                 cudaStream_t stream) {
   HadamardMmaArgs a = begin_args<HadamardMmaArgs>(p);
@@ -166,6 +176,8 @@ void launch_mma(const RowHadamardParams& p, const HadamardConfig& config, int ar
   HadamardMmaKernel kernel = nullptr;
   if (config.kernel == HadamardKernel::kWgmma) {
     kernel = wgmma_kernel((a.k + 31) / 32, pow2, p.up);
+  } else if (config.kernel == HadamardKernel::kPairWgmma) {
+    kernel = pair_wgmma_kernel(p.k, pow2, p.up);
   } else if (pow2 == kHadamardMmaColumns[0].pow2) {
     kernel = mma_kernel<0>(tiles, p.up);
   } else if (pow2 == kHadamardMmaColumns[1].pow2) {
@@ -285,6 +297,7 @@ void launch_hadamard(const RowHadamardParams& p, const HadamardConfig& config,
       return launch_sums(p, config, arch, stream);
     case HadamardKernel::kMma:
     case HadamardKernel::kWgmma:
+    case HadamardKernel::kPairWgmma:
       return launch_mma(p, config, arch, stream);
     case HadamardKernel::kCluster:
       return launch_cluster(p, config, arch, stream);

@@ -193,14 +193,28 @@ bool can_multiply(const RowHadamardParams& p, bool vectors) {
          p.rows * (p.cols / p.block_size) <= kMaxBlocks;
 }
 
+// For clusters of config.cluster CTAs.
 void take_smem(const RowHadamardParams& p, const HadamardDevice& device, int64_t smem,
                int64_t ctas_per_sm, HadamardConfig& config) {
   if (smem + kMmaStaticSmem > device.smem_limit) return;
   config.smem_bytes = smem;
   const int64_t by_smem =
       (device.smem_limit + kReservedSmem) / (smem + kMmaStaticSmem + kReservedSmem);
-  config.grid = std::min(p.rows * (p.cols / p.block_size),
-                         std::min<int64_t>(by_smem, ctas_per_sm) * device.sm_count);
+  const int64_t ctas = std::min<int64_t>(by_smem, ctas_per_sm) * device.sm_count;
+  config.grid = config.cluster * std::min(p.rows * (p.cols / p.block_size), ctas / config.cluster);
+}
+
+const HadamardPairBlock* find_pair_block(const RowHadamardParams& p) {
+  for (const HadamardPairBlock& block : kHadamardPairBlocks) {
+    if (block.k == p.k && block.pow2 * p.k == p.block_size) return &block;
+  }
+  return nullptr;
+}
+
+// Whether kPairWgmma is faster than kMma and kWgmma: from HadamardPairBlock::many blocks on.
+bool is_for_wgmma_pairs(const RowHadamardParams& p, const HadamardDevice& device) {
+  const HadamardPairBlock* const block = find_pair_block(p);
+  return block && p.rows * (p.cols / p.block_size) * 132 >= int64_t{block->many} * device.sm_count;
 }
 
 }  // namespace
@@ -234,6 +248,21 @@ HadamardConfig hadamard_wgmma_config(const RowHadamardParams& p, bool vectors,
   const int64_t sign_bytes = 1024 * steps * steps * (pow2 / 64), plane_bytes = 32 * steps * pow2;
   take_smem(p, device, sign_bytes + 3 * plane_bytes,
             hadamard_wgmma_ctas_per_sm(hadamard_wgmma_max_threads(steps, pow2)), config);
+  return config;
+}
+
+HadamardConfig hadamard_pair_wgmma_config(const RowHadamardParams& p, bool vectors,
+                                          const HadamardDevice& device) {
+  HadamardConfig config = impossible(HadamardKernel::kPairWgmma);
+  const HadamardPairBlock* const block = find_pair_block(p);
+  if (!block || !can_multiply(p, vectors) || device.arch != 90 ||
+      device.max_cluster < block->ctas || p.scaling == RowScale::kDynamic) {
+    return config;
+  }
+  const HadamardPairPlan plan = plan_hadamard_pair(*block);
+  config.cluster = block->ctas;
+  config.threads = 32 * plan.warps;
+  take_smem(p, device, plan.smem, block->ctas_per_sm, config);
   return config;
 }
 
@@ -310,6 +339,10 @@ HadamardConfig choose_hadamard_config(const RowHadamardParams& p, bool vectors,
         p.block_size == 64 * p.k && p.rows * (p.cols / p.block_size) <= 2 * device.sm_count;
     sums = hadamard_wgmma_config(p, vectors, device);
     if (sums.grid == 0 || one_wave) sums = hadamard_mma_config(p, vectors, device);
+    if (is_for_wgmma_pairs(p, device)) {
+      const HadamardConfig pair_wgmma = hadamard_pair_wgmma_config(p, vectors, device);
+      if (pair_wgmma.grid > 0) sums = pair_wgmma;
+    }
   }
   if (config.grid > 0 && (sums.grid == 0 || is_few(p, config, device))) return config;
   if (sums.grid > 0) return sums;

@@ -56,6 +56,13 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
   return v;
 }
 
+// Asks for memory in the L2 cache; `bytes` and the address are multiples of 16.
+__device__ __forceinline__ void prefetch_l2(const void* from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 // Programmatic dependent launch: before the wait a kernel may touch only what no earlier kernel in
 // the stream writes. Both are no-ops in a kernel launched without the attribute.
 __device__ __forceinline__ void grid_dependency_wait() {

@@ -132,13 +132,6 @@ __device__ __forceinline__ void transform_segments(const HadamardArgs& p,
   }
 }
 
-// Asks for `bytes`, a multiple of 16, in the L2 cache; one thread.
-__device__ __forceinline__ void prefetch_l2(const uint16_t* from, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
-}
-
 // Where a block lies in x and in up.
 __device__ __forceinline__ longlong2 block_offset(const HadamardArgs& p, uint32_t block) {
   const uint32_t r = p.blocks_per_row.divide(block);

@@ -60,6 +60,7 @@ enum class HadamardKernel : int {
   kPair,       // kSums for longer blocks on sm_90: two CTAs share a block
   kMma,        // 64 < k <= 192, pow2 of 64 to 256: integers on the tensor cores
   kWgmma,      // the same for sm_90: k up to 80 and above 96, pow2 of 64, 128, some of 256
+  kPairWgmma,  // kWgmma for longer blocks: CTAs share a block
   kCluster,    // any k: CTAs share a block, signs are data; few rows, and other sign matrices
   kGeneric     // any k, size, dtype and alignment
 };
@@ -143,6 +144,64 @@ constexpr int hadamard_wgmma_ctas_per_sm(int max_threads) {
   return max_threads == 640 ? 2 : 1024 / max_threads;
 }
 
+// The blocks of kPairWgmma.
+struct HadamardPairBlock {
+  int k, pow2;
+  int ctas;         // that share a block
+  int groups;       // of four inputs that a CTA but the last transforms
+  int ctas_per_sm;  // that the registers are bounded for, as shared memory allows
+  int many;         // blocks on 132 SMs from which it is faster than kMma and kWgmma
+};
+inline constexpr HadamardPairBlock kHadamardPairBlocks[] = {{68, 256, 2, 9, 3, 264},
+                                                            {108, 128, 2, 14, 4, 264},
+                                                            {108, 256, 2, 14, 2, 264},
+                                                            {148, 128, 2, 19, 3, 264}};
+inline constexpr int kHadamardPairBlockCount =
+    sizeof(kHadamardPairBlocks) / sizeof(kHadamardPairBlocks[0]);
+
+// How the CTAs share such a block.
+struct HadamardPairPlan {
+  int last_groups;        // that the last CTA transforms
+  int cores, last_cores;  // of 16 inputs, that those of a CTA take in the planes
+  int all_cores;
+  int sent_cores;   // behind them, what a CTA sends
+  int steps;        // of 32 inputs
+  int tiles;        // of 64 outputs, by wgmma
+  int rest;         // outputs beyond them, by mma.sync
+  int chunks;       // of 8 columns, that a CTA multiplies
+  int warpgroups;   // that multiply a tile with 64 columns
+  int warps;        // of a CTA: a task a thread; those beyond the warpgroups have the rest
+  int rows;         // outputs of the signs: a tile may reach beyond, into what is no output
+  int sign_copies;  // one for each 64 columns
+  int copy_bytes;
+  int plane_bytes;  // with what is sent of it
+  int smem;
+};
+constexpr HadamardPairPlan plan_hadamard_pair(const HadamardPairBlock& block) {
+  HadamardPairPlan plan = {};
+  plan.last_groups = block.k / 4 - (block.ctas - 1) * block.groups;
+  plan.cores = (block.groups + 3) / 4;
+  plan.last_cores = (plan.last_groups + 3) / 4;
+  plan.all_cores = (block.ctas - 1) * plan.cores + plan.last_cores;
+  const int most_cores = plan.cores > plan.last_cores ? plan.cores : plan.last_cores;
+  plan.sent_cores = (block.ctas - 1) * most_cores;
+  plan.steps = (plan.all_cores + 1) / 2;
+  plan.tiles = (block.k + 31) / 64;  // half a tile and more is a tile
+  plan.rest = block.k > 64 * plan.tiles ? block.k - 64 * plan.tiles : 0;
+  plan.chunks = block.pow2 / 8 / block.ctas;
+  plan.warpgroups = plan.tiles * plan.chunks / 8;
+  const int most_groups = block.groups > plan.last_groups ? block.groups : plan.last_groups;
+  const int task_warps = (most_groups * block.pow2 / 8 + 31) / 32;
+  const int multiplying = 4 * plan.warpgroups + (plan.rest > 0 ? 1 : 0);
+  plan.warps = task_warps > multiplying ? task_warps : multiplying;
+  plan.rows = (block.k + 7) / 8 * 8;
+  plan.sign_copies = plan.chunks / 8;
+  plan.copy_bytes = 2 * plan.steps * plan.rows * 16;
+  plan.plane_bytes = (plan.all_cores + plan.sent_cores) * plan.chunks * 128;
+  plan.smem = plan.sign_copies * plan.copy_bytes + 3 * plan.plane_bytes;
+  return plan;
+}
+
 // The inputs of the kernels of kCluster for sums of integers, in steps of 32.
 constexpr int hadamard_cluster_steps(int64_t k) {
   return k <= 96 ? 3 : static_cast<int>((k + 31) / 32);
@@ -164,6 +223,8 @@ HadamardConfig hadamard_mma_config(const RowHadamardParams& params, bool vectors
                                    const HadamardDevice& device);
 HadamardConfig hadamard_wgmma_config(const RowHadamardParams& params, bool vectors,
                                      const HadamardDevice& device);
+HadamardConfig hadamard_pair_wgmma_config(const RowHadamardParams& params, bool vectors,
+                                          const HadamardDevice& device);
 HadamardConfig hadamard_cluster_config(const RowHadamardParams& params, bool vectors,
                                        const HadamardDevice& device, int cluster);
 

@@ -93,18 +93,17 @@ struct BlockOrigin {
 
 // ---- 1: butterflies ----
 
-// Rows 4 group .. + 3 and columns 8 chunk .. + 7 of a block. A task beyond the block repeats one
-// in it: all lanes shuffle, and the maximum does not notice.
-template <bool kSwiglu, typename Shape>
-__device__ __forceinline__ void transform_task(const HadamardMmaArgs& p, const BlockOrigin& origin,
-                                               int task, float (&v)[4][8]) {
-  const int group = min(task / Shape::kChunks, p.k / 4 - 1), chunk = task % Shape::kChunks;
-  const uint32_t at = 4 * group * Shape::kPow2 + 8 * chunk;
+// Rows 4 group .. + 3 and columns 8 chunk .. + 7 of a block [rows, kPow2]; a warp has all columns
+// of its rows, and all its lanes shuffle.
+template <bool kSwiglu, int kPow2>
+__device__ __forceinline__ void transform_group(const HadamardMmaArgs& p, const BlockOrigin& origin,
+                                                int group, int chunk, float (&v)[4][8]) {
+  const uint32_t at = 4 * group * kPow2 + 8 * chunk;
   const uint16_t* const x = p.x + origin.x_at + at;
   const uint16_t* const up = p.up + origin.up_at + at;
   RawTile<kSwiglu, 4> raw;
 #pragma unroll
-  for (int j = 0; j < 4; ++j) raw.load(j, x + j * Shape::kPow2, up + j * Shape::kPow2);
+  for (int j = 0; j < 4; ++j) raw.load(j, x + j * kPow2, up + j * kPow2);
   raw.values(p.is_bfloat16, v);
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -116,8 +115,16 @@ __device__ __forceinline__ void transform_task(const HadamardMmaArgs& p, const B
   butterflies_between_lanes<1>(v, lane);
   butterflies_between_lanes<2>(v, lane);
   butterflies_between_lanes<4>(v, lane);
-  if constexpr (Shape::kPow2 >= 128) butterflies_between_lanes<8>(v, lane);
-  if constexpr (Shape::kPow2 >= 256) butterflies_between_lanes<16>(v, lane);
+  if constexpr (kPow2 >= 128) butterflies_between_lanes<8>(v, lane);
+  if constexpr (kPow2 >= 256) butterflies_between_lanes<16>(v, lane);
+}
+
+// A task beyond the block repeats one in it: all lanes shuffle, and the maximum does not notice.
+template <bool kSwiglu, typename Shape>
+__device__ __forceinline__ void transform_task(const HadamardMmaArgs& p, const BlockOrigin& origin,
+                                               int task, float (&v)[4][8]) {
+  transform_group<kSwiglu, Shape::kPow2>(p, origin, min(task / Shape::kChunks, p.k / 4 - 1),
+                                         task % Shape::kChunks, v);
 }
 
 // ---- 3: planes ----
@@ -262,12 +269,8 @@ __device__ __forceinline__ void prefetch_block(const HadamardMmaArgs& p, uint32_
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x != 0 || block >= static_cast<uint32_t>(p.blocks)) return;
   const BlockOrigin origin(p, block);
-  const uint32_t bytes = 2 * p.block_size;
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.x + origin.x_at), "r"(bytes)
-               : "memory");
-  if (!p.up) return;
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.up + origin.up_at), "r"(bytes)
-               : "memory");
+  prefetch_l2(p.x + origin.x_at, 2 * p.block_size);
+  if (p.up) prefetch_l2(p.up + origin.up_at, 2 * p.block_size);
 #endif
 }
 
@@ -333,5 +336,8 @@ HadamardMmaKernel hadamard_mma_instance(bool swiglu);
 // The kernels of hadamard_wgmma.cuh, in src/inst/hadamard_sm90.cu.
 template <int kSteps, int kPow2>
 HadamardMmaKernel hadamard_wgmma_instance(bool swiglu);
+// The kernel of kHadamardPairBlocks[kIndex], in src/inst/hadamard_pair_sm90.cu.
+template <int kIndex>
+HadamardMmaKernel hadamard_pair_wgmma_instance(bool swiglu);
 
 }  // namespace prefixquant

@@ -25,6 +25,15 @@ __device__ __forceinline__ void mma_m16n8k32_s8_u8(int32_t (&c)[4], const uint4&
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
+// The same with the planes as A.
+__device__ __forceinline__ void mma_m16n8k32_u8_s8(int32_t (&c)[4], const uint32_t (&a)[4],
+                                                   const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // This lane's part of the signs of outputs 16 tile .. + 15 and inputs 32 step .. + 31. Not __ldg:
 // ptxas moves such loads behind a wait for the kernel before, which they are there to overlap.
 __device__ __forceinline__ uint4 sign_fragment(const int8_t* signs, int k, int tile, int step,

@@ -103,16 +103,10 @@ __device__ __forceinline__ void keep_sign_cores(const HadamardMmaArgs& p, int32_
   }
 }
 
-template <typename Shape>
-__device__ __forceinline__ void store_plane_cores(const HadamardMmaArgs& p,
-                                                  const IntegerScale& scale,
-                                                  const float (&v)[4][8]) {
-  const int group = threadIdx.x / Shape::kChunks, chunk = threadIdx.x % Shape::kChunks;
-  if (4 * group >= p.k) return;
-  const int swapped = 16 * (chunk / 4 % 2);
-  char* const base = hadamard_mma_smem() + Shape::kSignBytes +
-                     (group / 4 * Shape::kChunks + chunk / 4 * 4) * 128 + chunk % 4 * 32 +
-                     (group % 4 ^ word_order<Shape>(chunk / 8)) * 4;
+// Four inputs of a chunk of columns into the planes: the words of column 4 h + e are
+// `swapped` (0 or 16) + 16 h + 128 e bytes behind `base`, h the other half where swapped.
+__device__ __forceinline__ void store_words(char* base, int swapped, int plane_bytes,
+                                            const IntegerScale& scale, const float (&v)[4][8]) {
   char* const halves[2] = {base + swapped, base + (16 - swapped)};
 #pragma unroll
   for (int c = 0; c < 8; ++c) {
@@ -122,9 +116,21 @@ __device__ __forceinline__ void store_plane_cores(const HadamardMmaArgs& p,
     split_in_planes(x, high, middle, low);
     char* const to = halves[c / 4] + c % 4 * 128;
     *reinterpret_cast<uint32_t*>(to) = high;
-    *reinterpret_cast<uint32_t*>(to + Shape::kPlaneBytes) = middle;
-    *reinterpret_cast<uint32_t*>(to + 2 * Shape::kPlaneBytes) = low;
+    *reinterpret_cast<uint32_t*>(to + plane_bytes) = middle;
+    *reinterpret_cast<uint32_t*>(to + 2 * plane_bytes) = low;
   }
+}
+
+template <typename Shape>
+__device__ __forceinline__ void store_plane_cores(const HadamardMmaArgs& p,
+                                                  const IntegerScale& scale,
+                                                  const float (&v)[4][8]) {
+  const int group = threadIdx.x / Shape::kChunks, chunk = threadIdx.x % Shape::kChunks;
+  if (4 * group >= p.k) return;
+  char* const base = hadamard_mma_smem() + Shape::kSignBytes +
+                     (group / 4 * Shape::kChunks + chunk / 4 * 4) * 128 + chunk % 4 * 32 +
+                     (group % 4 ^ word_order<Shape>(chunk / 8)) * 4;
+  store_words(base, 16 * (chunk / 4 % 2), Shape::kPlaneBytes, scale, v);
 }
 
 // acc = 256 acc + starts of its rows
@@ -184,6 +190,37 @@ __device__ __forceinline__ void multiply_cores(const int32_t* row_starts, int ti
   }
 }
 
+// The sums of a product of 64 outputs: collected in `largest` where `maximum`, otherwise stored as
+// the block at block_at, of `outputs` outputs.
+template <typename Shape>
+__device__ __forceinline__ void finish_sums(const HadamardMmaArgs& p, const IntegerScale& scale,
+                                            const Quantizer& quantizer, int outputs, int tile,
+                                            int part, int64_t block_at, bool maximum,
+                                            const int32_t (&acc)[Shape::kUnit / 2],
+                                            float& largest) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int row = 64 * tile + 16 * warp + 8 * h + lane / 4;
+#pragma unroll
+    for (int q = 0; q < Shape::kUnit / 32; ++q) {
+      float y[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        y[i] = finished_sum(acc[4 * (4 * q + i % 4) + 2 * h + (i / 4 ^ q)], scale);
+      }
+      if (maximum) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) largest = larger_magnitude(largest, y[e]);
+      } else if (row < outputs) {
+        const int column = Shape::kUnit * part + 32 * q + lane % 4 * 8;
+        store_eight<true>(p, y, quantizer, block_at + row * Shape::kPow2 + column,
+                          Shape::kUnit == 32 && part % 2 == 1);
+      }
+    }
+  }
+}
+
 // What this warpgroup multiplies, if it is one that does; `largest` collects the magnitudes where
 // `maximum`, otherwise the results are stored.
 template <typename Shape>
@@ -191,7 +228,7 @@ __device__ __forceinline__ void finish_tiles(const HadamardMmaArgs& p, const Int
                                              const int32_t* row_starts, const Quantizer& quantizer,
                                              int64_t block_at, bool maximum, float& largest) {
   constexpr int kParts = Shape::kPow2 / Shape::kUnit, kUnits = Shape::kTiles * kParts;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int warp = threadIdx.x / 32 % 4;
   const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
   if (warpgroup >= Shape::kWarpgroups) return;
 #pragma unroll 1
@@ -200,26 +237,7 @@ __device__ __forceinline__ void finish_tiles(const HadamardMmaArgs& p, const Int
     int32_t acc[Shape::kUnit / 2];
     multiply_cores<Shape>(row_starts, tile, part, acc);
     if (64 * tile + 16 * warp >= p.k) continue;  // nothing of this warp is an output
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = 64 * tile + 16 * warp + 8 * h + lane / 4;
-#pragma unroll
-      for (int q = 0; q < Shape::kUnit / 32; ++q) {
-        float y[8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          y[i] = finished_sum(acc[4 * (4 * q + i % 4) + 2 * h + (i / 4 ^ q)], scale);
-        }
-        if (maximum) {
-#pragma unroll
-          for (int e = 0; e < 8; ++e) largest = larger_magnitude(largest, y[e]);
-        } else if (row < p.k) {
-          const int column = Shape::kUnit * part + 32 * q + lane % 4 * 8;
-          store_eight<true>(p, y, quantizer, block_at + row * Shape::kPow2 + column,
-                            Shape::kUnit == 32 && part % 2 == 1);
-        }
-      }
-    }
+    finish_sums<Shape>(p, scale, quantizer, p.k, tile, part, block_at, maximum, acc, largest);
   }
 }
 

@@ -42,4 +42,12 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], uint32_t smem_addr
                : "memory");
 }
 
+// Two of them, by the addresses of lanes 0 .. 15.
+__device__ __forceinline__ void ldmatrix_x2(uint32_t (&d)[2], uint32_t smem_address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];\n"
+               : "=r"(d[0]), "=r"(d[1])
+               : "r"(smem_address)
+               : "memory");
+}
+
 }  // namespace prefixquant

@@ -52,4 +52,14 @@ __device__ __forceinline__ void bulk_load(uint32_t smem, const void* source, uin
       : "memory");
 }
 
+// The same from this CTA's shared memory to that of a CTA of the cluster, with its barrier there.
+__device__ __forceinline__ void bulk_copy_to_cluster(uint32_t to, uint32_t from, uint32_t bytes,
+                                                     uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(to),
+      "r"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 }  // namespace prefixquant
