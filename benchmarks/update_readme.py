@@ -137,7 +137,11 @@ def finetune_summary(results: list[dict]) -> list[dict]:
             tuning = recipe.get("finetune")
             epochs = extras = ""
             if tuning:
-                marks = {"mixed": tuning.get("e2e_mix"), "centred": recipe.get("centre")}
+                marks = {
+                    "mixed": tuning.get("e2e_mix"),
+                    "averaged": tuning.get("e2e_average"),
+                    "centred": recipe.get("centre"),
+                }
                 parts = [f"{tuning['epochs']} + {tuning['e2e_epochs']}"]
                 epochs = ", ".join(parts + [mark for mark, set_ in marks.items() if set_])
                 trained = {"e2e_norms": "norms", "e2e_prefix": "prefix"}
@@ -151,8 +155,9 @@ def finetune_summary(results: list[dict]) -> list[dict]:
                     "rows": [],
                     "note": result["note"] + " Epochs: of Block-AP + end to end; the latter trains "
                     "norms and the prefix's K/V too where its row says so; where that is mixed, it "
-                    "strings the samples together anew every epoch and cuts them elsewhere. Rows "
-                    "that do not say centred are of before means were taken out.",
+                    "strings the samples together anew every epoch and cuts them elsewhere; where "
+                    "averaged, it keeps the running mean of what it trains. Rows that do not say "
+                    "centred are of before means were taken out.",
                 },
             )
             label = phase + (f" ({extras} too)" if extras and phase.startswith("then") else "")

@@ -152,10 +152,8 @@ struct HadamardPairBlock {
   int ctas_per_sm;  // that the registers are bounded for, as shared memory allows
   int many;         // blocks on 132 SMs from which it is faster than kMma and kWgmma
 };
-inline constexpr HadamardPairBlock kHadamardPairBlocks[] = {{68, 256, 2, 9, 3, 264},
-                                                            {108, 128, 2, 14, 4, 264},
-                                                            {108, 256, 2, 14, 2, 264},
-                                                            {148, 128, 2, 19, 3, 264}};
+inline constexpr HadamardPairBlock kHadamardPairBlocks[] = {
+    {68, 256, 2, 9, 3, 132}, {108, 128, 2, 14, 4, 264}, {148, 128, 2, 19, 3, 132}};
 inline constexpr int kHadamardPairBlockCount =
     sizeof(kHadamardPairBlocks) / sizeof(kHadamardPairBlocks[0]);
 

@@ -10,10 +10,9 @@ HadamardMmaKernel hadamard_pair_wgmma_instance(bool swiglu) {
                 : hadamard_pair_wgmma_kernel<Shape, false>;
 }
 
-static_assert(kHadamardPairBlockCount == 4);
+static_assert(kHadamardPairBlockCount == 3);
 template HadamardMmaKernel hadamard_pair_wgmma_instance<0>(bool);
 template HadamardMmaKernel hadamard_pair_wgmma_instance<1>(bool);
 template HadamardMmaKernel hadamard_pair_wgmma_instance<2>(bool);
-template HadamardMmaKernel hadamard_pair_wgmma_instance<3>(bool);
 
 }  // namespace prefixquant
