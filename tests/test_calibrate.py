@@ -69,7 +69,7 @@ def test_an_outlier_token_of_one_sample_has_no_say_behind_a_prefix():
     behind, mask = calibrated(2)
     assert everyone.all()
     assert (~mask).nonzero().tolist() == [[0, 0], [1, 0], [1, 5], [2, 0]]
-    assert alone.scales.activations["down"] > 20 * behind.scales.activations["down"]
+    assert alone.scales.activations["down"] > 10 * behind.scales.activations["down"]
     told = Counted((3, 8), 2, 1e30, made.device)  # one that finds nothing itself
     told.mask.copy_(mask)
     same, _ = calibrated(2, told)
