@@ -34,6 +34,8 @@ struct HadamardWgmmaShape {
   static constexpr int kSignBytes = kCopies * kCopyBytes;
   static constexpr int kPlaneBytes = 2 * kSteps * kChunks * 128;
   static constexpr int kCtasPerSm = hadamard_wgmma_ctas_per_sm(kMaxThreads);
+  // Whether products want more warps than there are tasks, for some k.
+  static constexpr bool kIdleWarps = 4 * kWarpgroups > ((8 * kSteps - 7) * kChunks + 31) / 32;
   // Columns of a product: 64 want 58 registers.
   static constexpr int kUnit = kMaxThreads * kCtasPerSm > 1024 ? 32 : 64;
 };
@@ -269,7 +271,9 @@ __device__ __forceinline__ uint32_t wait_for_maximum(uint32_t v, uint32_t* maxim
 //     __syncthreads of the signs.
 //   block_maxima: written by thread 0 between the barriers, read by warps without a task after the
 //     second. The next block's goes to the other word, so that another __syncthreads lies between a
-//     read and the write after it.
+//     read and the write after it. Both by atomics: compute-sanitizer does not see that a warp
+//     which arrived at the first barrier without waiting there still meets the others at the
+//     second.
 //   Planes: written between the barriers. A warp arrives for the next block when its products,
 //     which read them, are done (wgmma_wait).
 template <typename Shape, bool kSwiglu>
@@ -302,7 +306,13 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
 #pragma unroll
       for (int e = 0; e < 32; ++e) largest = larger_magnitude(largest, v[e / 8][e % 8]);
       const uint32_t bits = wait_for_maximum(magnitude_bits(largest), maxima);
-      if (threadIdx.x == 0) block_maxima[parity] = bits;
+      if (threadIdx.x == 0) {
+        if constexpr (Shape::kIdleWarps) {
+          atomicExch(&block_maxima[parity], bits);
+        } else {
+          block_maxima[parity] = bits;
+        }
+      }
       scale = integer_scale(bits, p.norm);
       store_plane_cores<Shape>(p, scale, v);
     } else {
@@ -310,9 +320,12 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
-    // Reduced, though it is one: for the compiler it is then the warp's, in no lane's register.
-    if (!has_task)
-      scale = integer_scale(__reduce_max_sync(0xFFFFFFFFu, block_maxima[parity]), p.norm);
+    if (!has_task) {
+      const uint32_t bits = Shape::kIdleWarps ? atomicMax(&block_maxima[parity], 0u)  // reads it
+                                              : block_maxima[parity];
+      // Reduced, though it is one: for the compiler it is then the warp's, in no lane's register.
+      scale = integer_scale(__reduce_max_sync(0xFFFFFFFFu, bits), p.norm);
+    }
     parity ^= 1;
     prefetch_block(p, block + gridDim.x);
     const int64_t block_at = static_cast<int64_t>(block) * p.block_size;
