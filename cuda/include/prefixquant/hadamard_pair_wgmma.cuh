@@ -19,8 +19,10 @@
 //   four inputs are in another order for each of a CTA's 64 columns and each CTA they come from:
 //   the 4-byte stores of a warp, most of which are sent, meet 32 banks.
 // Barriers: `maximum` counts the maxima of all warps of the cluster, `received` the bytes of the
-//   other CTAs. Thread 0 announces both once a block. Every warp waits for both, in this order, and
-//   sends its next maximum behind its product. So, when the maxima of block n + 1 have arrived,
+//   other CTAs; there may be one of the latter for each plane, so that the first product need not
+//   wait for the last plane. Thread 0 announces all once a block. Every warp waits for all, in this
+//   order, and sends its next maximum behind its product. So, when the maxima of block n + 1 have
+//   arrived,
 //   - all CTAs have multiplied block n: its planes may be written, here and there;
 //   - all have received block n: what was sent of it may be written.
 //   And when a warp sends one, its CTA has received block n, which the others sent after all their
@@ -59,6 +61,9 @@ struct HadamardPairWgmmaShape {
   static constexpr int kRest = kPlan.rest, kRestTiles = (kRest + 7) / 8;
   static constexpr int kRestWarps = kWarps - 4 * kWarpgroups;
   static constexpr int kRestQuads = kRest > 0 && kChunks / 4 > kRestWarps ? 2 : 1;
+  // Barriers for what is received: one, or for 148 x 128 one for each plane (4096 rows: 207 us with
+  // one, 202 with three; the other shapes have only been measured with one).
+  static constexpr int kReceives = kRest > 8 ? 3 : 1;
   // Sends and prefetches: the last warp has the least to do where it has no outputs.
   static constexpr int kSender = kRest > 0 ? 0 : kThreads - 32;
   static_assert(kCtas == 2 || kCtas == 4, "the order of words");
@@ -89,6 +94,29 @@ struct HadamardPairWgmmaShape {
 struct WgmmaPair {
   uint32_t rank;
   uint32_t maximum, received;  // this CTA's barriers
+};
+
+// Waits for what the other CTAs send of a block: all of it at once, or plane by plane.
+template <typename Shape>
+struct ReceivedPlanes {
+  uint32_t received, parity;
+
+  // Before the product of plane `plane`.
+  __device__ __forceinline__ void operator()(int plane) const {
+    if constexpr (Shape::kReceives > 1) {
+      __syncwarp();
+      mbarrier_wait(received + 8 * plane, parity);
+      __syncwarp();
+    }
+  }
+  // Before all.
+  __device__ __forceinline__ void wait_if_one() const {
+    if constexpr (Shape::kReceives == 1) {
+      __syncwarp();
+      mbarrier_wait(received, parity);
+      __syncwarp();
+    }
+  }
 };
 
 // As keep_sign_cores.
@@ -168,7 +196,7 @@ __device__ __forceinline__ void send_planes(const WgmmaPair& pair) {
 #pragma unroll
     for (int plane = 0; plane < 3; ++plane) {
       bulk_copy_to_cluster(there + plane * Shape::kPlaneBytes, from + plane * Shape::kPlaneBytes,
-                           bytes, barrier);
+                           bytes, barrier + (Shape::kReceives > 1 ? 8 * plane : 0));
     }
   }
 }
@@ -208,7 +236,8 @@ __device__ __forceinline__ void store_four(const HadamardMmaArgs& p, const float
 template <typename Shape>
 __device__ __forceinline__ void finish_rest(const HadamardMmaArgs& p, const IntegerScale& scale,
                                             const int32_t* row_starts, const Quantizer& quantizer,
-                                            int64_t block_at) {
+                                            int64_t block_at,
+                                            const ReceivedPlanes<Shape>& received) {
   constexpr int kQuads = Shape::kRestQuads, kRestTiles = Shape::kRestTiles;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const uint32_t signs = smem_address(hadamard_mma_smem()) +
@@ -234,6 +263,7 @@ __device__ __forceinline__ void finish_rest(const HadamardMmaArgs& p, const Inte
           }
         }
       }
+      if (Shape::kReceives > 1) received(plane);
 // Unrolled, three eights of outputs need more registers than there are.
 #pragma unroll(kRestTiles == 1 ? Shape::kSteps : 1)
       for (int step = 0; step < Shape::kSteps; ++step) {
@@ -277,7 +307,7 @@ __device__ __forceinline__ void finish_rest(const HadamardMmaArgs& p, const Inte
 template <typename Shape, bool kSwiglu>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     hadamard_pair_wgmma_kernel(const HadamardMmaArgs p) {
-  __shared__ alignas(8) uint64_t barriers[2];
+  __shared__ alignas(8) uint64_t barriers[1 + Shape::kReceives];
   __shared__ uint32_t maxima[Shape::kCtas * Shape::kWarps];
   __shared__ int32_t row_starts[Shape::kStarts];
   static_assert(sizeof(barriers) + sizeof(maxima) + sizeof(row_starts) <= 1024, "kMmaStaticSmem");
@@ -288,7 +318,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
   pair.received = smem_address(&barriers[1]);
   if (threadIdx.x == 0) {
     mbarrier_init(pair.maximum, 1);
-    mbarrier_init(pair.received, 1);
+    for (int i = 0; i < Shape::kReceives; ++i) mbarrier_init(pair.received + 8 * i, 1);
     fence_mbarrier_init();
   }
   __syncwarp();
@@ -314,8 +344,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
   for (uint32_t block = blockIdx.x / Shape::kCtas; block < blocks; block += walk, parity ^= 1) {
     if (threadIdx.x == 0) {
       mbarrier_arrive_expect_tx(pair.maximum, sizeof(maxima));
-      mbarrier_arrive_expect_tx(
-          pair.received, 3 * (Shape::kAllCores - Shape::cores(pair.rank)) * Shape::kCoreBytes);
+      const uint32_t bytes = (Shape::kAllCores - Shape::cores(pair.rank)) * Shape::kCoreBytes;
+      for (int i = 0; i < Shape::kReceives; ++i) {
+        mbarrier_arrive_expect_tx(pair.received + 8 * i, 3 / Shape::kReceives * bytes);
+      }
     }
     IntegerScale scale;
     if (has_task) {
@@ -345,20 +377,19 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     if (p.scaling != RowScale::kNone) scale = scale_for_levels(scale);
     const int64_t block_at =
         static_cast<int64_t>(block) * (Shape::kK * Shape::kPow2) + pair.rank * (8 * Shape::kChunks);
-    __syncwarp();
-    mbarrier_wait(pair.received, parity);
-    __syncwarp();
+    const ReceivedPlanes<Shape> received{pair.received, parity};
+    received.wait_if_one();
     if (warpgroup < Shape::kWarpgroups) {
       const int tile = warpgroup / Shape::kParts, part = warpgroup % Shape::kParts;
       int32_t acc[Shape::kUnit / 2];
-      multiply_cores<Shape>(row_starts, tile, part, acc);
+      multiply_cores<Shape>(row_starts, tile, part, acc, received);
       if (64 * tile + static_cast<int>(threadIdx.x) / 32 % 4 * 16 < Shape::kK) {
         float unused = 0.0f;
         finish_sums<Shape>(p, scale, quantizer, Shape::kK, tile, part, block_at, false, acc,
                            unused);
       }
     } else if constexpr (Shape::kRest > 0) {
-      finish_rest<Shape>(p, scale, row_starts, quantizer, block_at);
+      finish_rest<Shape>(p, scale, row_starts, quantizer, block_at, received);
     }
   }
   // What this CTA sent of the last block is read from its shared memory until it has arrived.

@@ -156,10 +156,15 @@ __device__ __forceinline__ void shift_left_8(int32_t (&acc)[kCount]) {
   for (int i = 0; i < kCount; ++i) acc[i] = static_cast<int32_t>(acc[i] * 256u);
 }
 
-// 64 outputs of tile `tile` x the columns of part `part`.
-template <typename Shape>
+struct NoWait {
+  __device__ __forceinline__ void operator()(int) const {}
+};
+
+// 64 outputs of tile `tile` x the columns of part `part`, each plane behind wait(plane).
+template <typename Shape, typename Wait = NoWait>
 __device__ __forceinline__ void multiply_cores(const int32_t* row_starts, int tile, int part,
-                                               int32_t (&acc)[Shape::kUnit / 2]) {
+                                               int32_t (&acc)[Shape::kUnit / 2],
+                                               const Wait& wait = {}) {
   const uint32_t smem = smem_address(hadamard_mma_smem());
   const int copy = Shape::kUnit * part / 64;
   const uint64_t a =
@@ -173,6 +178,7 @@ __device__ __forceinline__ void multiply_cores(const int32_t* row_starts, int ti
   for (int plane = 0; plane < 3; ++plane) {
     if (plane == 1) shift_and_start(row_starts + 64 * tile, acc);
     if (plane == 2) shift_left_8(acc);
+    wait(plane);
     wgmma_pin(acc);
     wgmma_fence();
     const uint64_t b_plane = b + plane * Shape::kPlaneBytes / 16;
