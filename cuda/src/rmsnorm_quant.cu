@@ -10,6 +10,16 @@ namespace {
 
 constexpr int kWarpRowVectors = 4;  // a warp holds rows of up to 1024 elements
 constexpr int kWarpRowsPerCta = 4;
+constexpr int kWaveCtas = 8;  // of one warp a row, that an SM takes of one wave
+
+// Shared memory beside a kernel's own with which `ctas` of it fit an SM.
+template <typename Kernel>
+size_t smem_for_ctas(Kernel kernel, int ctas, const CurrentDevice& device) {
+  constexpr int kReserved = 1024;  // by the system, for each CTA
+  cudaFuncAttributes attributes = {};
+  PQ_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  return (device.smem_limit + kReserved) / ctas - kReserved - attributes.sharedSizeBytes;
+}
 
 bool aligned(const void* pointer, int64_t stride, int64_t element_bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride * element_bytes % 16 == 0;
@@ -27,14 +37,23 @@ bool fits_vectors(const RowQuantParams& p) {
 template <typename T, bool kNormalize, RowScale kScaling>
 void launch_vectors(const RowQuantParams& p, const CurrentDevice& device, cudaStream_t stream) {
   const int vectors = static_cast<int>(p.cols / 8);
+  RowQuantSchedule schedule = {1.0 / static_cast<double>(p.cols), true};
   LaunchShape shape;
   if (vectors <= 32 * kWarpRowVectors) {
     shape.grid = (p.rows + kWarpRowsPerCta - 1) / kWarpRowsPerCta;
     shape.block = 32 * kWarpRowsPerCta;
-    const auto kernel = vectors <= 64
-                            ? row_quant_kernel<T, 2, kNormalize, kScaling, true, 128>
+    const auto kernel = vectors <= 64 ? row_quant_kernel<T, 2, kNormalize, kScaling, true, 128>
+                        : vectors <= 96
+                            ? row_quant_kernel<T, 3, kNormalize, kScaling, true, 128>
                             : row_quant_kernel<T, kWarpRowVectors, kNormalize, kScaling, true, 128>;
-    return launch_dependent(kernel, shape, device.arch, stream, p);
+    const int64_t wave = int64_t{kWaveCtas} * device.sm_count;
+    schedule.launch_early = shape.grid > wave;
+    // Where one wave fills the SMs, CTAs of the next such kernel would take places beside its own,
+    // on some SMs more than on others, and hold up the slowest.
+    if (device.arch >= 90 && 2 * shape.grid > wave && shape.grid <= wave) {
+      shape.smem = smem_for_ctas(kernel, kWaveCtas, device);
+    }
+    return launch_dependent(kernel, shape, device.arch, stream, p, schedule);
   }
   // Few rows: as many threads as there are vectors, for latency. Many: 4 vectors a thread keep
   // enough loads in flight.
@@ -49,7 +68,7 @@ void launch_vectors(const RowQuantParams& p, const CurrentDevice& device, cudaSt
   if constexpr (sizeof(T) == 2) {
     if (shape.block > 512) kernel = row_quant_kernel<T, 4, kNormalize, kScaling, false, 1024>;
   }
-  launch_dependent(kernel, shape, device.arch, stream, p);
+  launch_dependent(kernel, shape, device.arch, stream, p, schedule);
 }
 
 template <typename T>
@@ -58,7 +77,8 @@ void launch_typed(const RowQuantParams& p, const CurrentDevice& device, cudaStre
     LaunchShape shape;
     shape.grid = p.rows;
     shape.block = 256;
-    return launch_dependent(row_quant_scalar_kernel<T>, shape, device.arch, stream, p);
+    const RowQuantSchedule schedule = {1.0 / static_cast<double>(p.cols), true};
+    return launch_dependent(row_quant_scalar_kernel<T>, shape, device.arch, stream, p, schedule);
   }
   switch (p.scaling) {
     case RowScale::kNone:

@@ -5,10 +5,9 @@
 // Layout: a row is cut into vectors of 8 elements; vector v of a row belongs to thread v mod
 //   threads_per_row, which keeps up to kVectors of them in registers: x is read once.
 // Grid: one CTA a row of threads_per_row = blockDim.x threads; where a warp can hold a row, one
-// warp
-//   a row and 4 rows a CTA. row_quant_scalar_kernel: one CTA of 256 threads a row, any width and
-//   alignment, the row is read again for every pass.
-// Smem: 384 bytes of partial sums.
+//   warp a row and 4 rows a CTA. row_quant_scalar_kernel: one CTA of 256 threads a row, any width
+//   and alignment, the row is read again for every pass.
+// Smem: 384 bytes of partial sums; with one warp a row, weight and shift as they lie in memory.
 // Limits: 8 divides cols, rows start at multiples of 16 bytes, cols <= 8 * kVectors * 1024.
 #pragma once
 
@@ -20,7 +19,13 @@
 
 namespace prefixquant {
 
-// v[i] = combine(v[i], channel at + i of a vector of `dtype`) of 8 elements.
+// Bytes of a channel of the weight or the shift.
+__device__ __forceinline__ int channel_bytes(RowDtype dtype) {
+  return dtype == RowDtype::kFloat32 ? 4 : 2;
+}
+
+// v[i] = combine(v[i], channel at + i of a vector of `dtype`) of 8 elements, in global or shared
+// memory.
 template <typename W, typename Combine>
 __device__ __forceinline__ void with_channels(float (&v)[8], const void* channels, int64_t at,
                                               Combine combine) {
@@ -45,15 +50,24 @@ __device__ __forceinline__ void with_channels(float (&v)[8], const void* channel
   }
 }
 
-// y = (x * rstd) * weight; `at` is the index of the first of 8 elements.
-__device__ __forceinline__ void scale_by_weight(float (&v)[8], const RowQuantParams& p,
-                                                int64_t at) {
-  with_channels(v, p.weight, p.weight_dtype, at, [](float y, float w) { return __fmul_rn(y, w); });
+// All channels into shared memory, asynchronously; all threads of a CTA.
+__device__ __forceinline__ void copy_channels(const void* channels, RowDtype dtype, int count,
+                                              void* to) {
+  const int bytes = count * channel_bytes(dtype);
+  for (int at = 16 * threadIdx.x; at < bytes; at += 16 * blockDim.x) {
+    cp_async_16(smem_address(static_cast<char*>(to) + at), static_cast<const char*>(channels) + at,
+                16);
+  }
 }
 
-// y - shift, rounded by itself.
-__device__ __forceinline__ void subtract_shift(float (&v)[8], const RowQuantParams& p, int64_t at) {
-  with_channels(v, p.shift, p.shift_dtype, at, [](float y, float s) { return __fsub_rn(y, s); });
+// Asks for a row in the L2 cache, where the writes of the kernel before arrive: nothing there can
+// be stale. One warp, a line of 128 bytes a lane.
+template <typename T>
+__device__ __forceinline__ void prefetch_row(const T* row, int cols, int lane) {
+  constexpr int kLine = 128 / sizeof(T);
+  for (int at = lane * kLine; at < cols; at += 32 * kLine) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + at));
+  }
 }
 
 __device__ __forceinline__ void store_levels(const float (&v)[8], const RowQuantParams& p,
@@ -66,11 +80,29 @@ __device__ __forceinline__ void store_levels(const float (&v)[8], const RowQuant
   }
 }
 
-// float32(1 / sqrt(mean + eps)); rsqrt of float64 is within an ulp of float64, so that the float32
-// differs from the correctly rounded one about once in 2^28.
-__device__ __forceinline__ float reciprocal_rms(double sum_of_squares, const RowQuantParams& p) {
-  return static_cast<float>(rsqrt(sum_of_squares / static_cast<double>(p.cols) + p.eps));
+// sum + v^2, the square exact. A conversion to float64 takes four times as long as an fma, so the
+// factors |v| 2^-896 and |v| 2^896 are put together from bits: those of a float32, three places
+// further right, are a float64 whose exponent is biased by 896 less. 0 stays 0, and an infinity or
+// a NaN is one in the second factor. The square of a subnormal v comes out as some number below
+// 2^-250, which no sum with eps in it notices.
+__device__ __forceinline__ double add_square(double sum, float v) {
+  const uint32_t bits = __float_as_uint(v) & 0x7FFFFFFFu;
+  const int high = static_cast<int>(bits >> 3), low = static_cast<int>(bits << 29);
+  return fma(__hiloint2double(high, low), __hiloint2double(high + (2 * 896 << 20), low), sum);
 }
+
+// float32(1 / sqrt(mean + eps)). The product with 1 / cols and rsqrt are within an ulp of float64
+// each, so that the float32 differs from the correctly rounded one about once in 2^27.
+__device__ __forceinline__ float reciprocal_rms(double sum_of_squares, double inv_cols,
+                                                double eps) {
+  return static_cast<float>(rsqrt(fma(sum_of_squares, inv_cols, eps)));
+}
+
+// What the launch adds to its parameters.
+struct RowQuantSchedule {
+  double inv_cols;    // 1 / cols
+  bool launch_early;  // the next kernel may start from the beginning, not only behind the loads
+};
 
 template <typename T,         // of x
           int kVectors,       // vectors of a thread
@@ -78,19 +110,25 @@ template <typename T,         // of x
           RowScale kScaling,  // kNone: float output
           bool kWarpRows,     // one warp a row, several rows a CTA
           int kMaxThreads>    // of the CTA
-__global__ void __launch_bounds__(kMaxThreads) row_quant_kernel(const RowQuantParams p) {
+__global__ void __launch_bounds__(kMaxThreads)
+    row_quant_kernel(const RowQuantParams p, const RowQuantSchedule schedule) {
   __shared__ double sums[32];
   __shared__ uint32_t maxima[32];
+  constexpr bool kShared = kWarpRows && kNormalize;  // weight and shift, by all rows of a CTA
+  __shared__ alignas(16) char shared_weight[kShared ? 32 * 32 * kVectors : 16];
+  __shared__ alignas(16) char shared_shift[kShared ? 32 * 32 * kVectors : 16];
   const int threads_per_row = kWarpRows ? 32 : blockDim.x;
   const int thread = kWarpRows ? threadIdx.x % 32 : threadIdx.x;
   const int64_t row =
       kWarpRows ? int64_t{blockIdx.x} * (blockDim.x / 32) + threadIdx.x / 32 : blockIdx.x;
-  grid_dependency_launch();
-  if (kWarpRows && row >= p.rows) return;
+  if (schedule.launch_early) grid_dependency_launch();
+  const int cols = static_cast<int>(p.cols), vectors = row < p.rows ? cols / 8 : 0;
+  const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+  if constexpr (kWarpRows) prefetch_row(x, 8 * vectors, thread);
   grid_dependency_wait();
 
-  const int vectors = static_cast<int>(p.cols / 8);
-  const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+  float scale = 1.0f;
+  if constexpr (kScaling == RowScale::kStatic) scale = load_constant_float(p.scale);
   RawVector<T> raw[kVectors];
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
@@ -118,6 +156,12 @@ __global__ void __launch_bounds__(kMaxThreads) row_quant_kernel(const RowQuantPa
       raw[i].store(residual + 8 * vector);
     }
   }
+  if constexpr (kShared) {
+    if (p.weight) copy_channels(p.weight, p.weight_dtype, cols, shared_weight);
+    if (p.shift) copy_channels(p.shift, p.shift_dtype, cols, shared_shift);
+    cp_async_commit();
+  }
+  if (!schedule.launch_early) grid_dependency_launch();
 
   float rstd = 1.0f;
   if constexpr (kNormalize) {
@@ -128,29 +172,39 @@ __global__ void __launch_bounds__(kMaxThreads) row_quant_kernel(const RowQuantPa
       float v[8];
       to_floats(raw[i], v);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const double d = v[j];
-        sum = fma(d, d, sum);  // d * d is exact
-      }
+      for (int j = 0; j < 8; ++j) sum = add_square(sum, v[j]);
     }
-    rstd = reciprocal_rms(kWarpRows ? warp_sum(sum) : block_sum(sum, sums), p);
+    sum = kWarpRows ? warp_sum(sum) : block_sum(sum, sums);
+    rstd = reciprocal_rms(sum, schedule.inv_cols, p.eps);
+  }
+  if constexpr (kShared) {
+    if (p.weight || p.shift) {
+      cp_async_wait<0>();
+      __syncthreads();
+    }
   }
   // y of vector i
+  const void* const weight = kShared ? shared_weight : p.weight;
+  const void* const shift = kShared ? shared_shift : p.shift;
   const auto normalized = [&](int i, float (&v)[8]) {
     to_floats(raw[i], v);
     if constexpr (kNormalize) {
 #pragma unroll
       for (int j = 0; j < 8; ++j) v[j] = __fmul_rn(v[j], rstd);
       const int at = 8 * (i * threads_per_row + thread);
-      if (p.weight) scale_by_weight(v, p, at);
-      if constexpr (kScaling == RowScale::kStatic) {
-        if (p.shift) subtract_shift(v, p, at);
+      if (p.weight) {
+        with_channels(v, weight, p.weight_dtype, at,
+                      [](float y, float w) { return __fmul_rn(y, w); });
+      }
+      if (kScaling == RowScale::kStatic && p.shift) {
+        with_channels(v, shift, p.shift_dtype, at,
+                      [](float y, float s) { return __fsub_rn(y, s); });
       }
     }
   };
 
   Quantizer quantizer{1.0f, p.qmin, p.qmax};
-  if constexpr (kScaling == RowScale::kStatic) quantizer.inv_scale = __fdiv_rn(1.0f, *p.scale);
+  if constexpr (kScaling == RowScale::kStatic) quantizer.inv_scale = __fdiv_rn(1.0f, scale);
   if constexpr (kScaling == RowScale::kDynamic) {
     uint32_t largest = 0;
 #pragma unroll
@@ -162,8 +216,8 @@ __global__ void __launch_bounds__(kMaxThreads) row_quant_kernel(const RowQuantPa
       for (int j = 0; j < 8; ++j) largest = max(largest, magnitude_bits(v[j]));
     }
     largest = kWarpRows ? __reduce_max_sync(0xFFFFFFFFu, largest) : block_max(largest, maxima);
-    const float scale = dynamic_scale(__uint_as_float(largest), p.qmax, p.clip);
-    if (thread == 0) p.row_scale[row] = scale;
+    scale = dynamic_scale(__uint_as_float(largest), p.qmax, p.clip);
+    if (thread == 0 && vectors > 0) p.row_scale[row] = scale;
     quantizer.inv_scale = __fdiv_rn(1.0f, scale);
   }
 #pragma unroll
@@ -197,7 +251,8 @@ __device__ __forceinline__ float channel(const void* channels, RowDtype dtype, i
 
 // Any width, alignment and stride.
 template <typename T>
-__global__ void __launch_bounds__(256) row_quant_scalar_kernel(const RowQuantParams p) {
+__global__ void __launch_bounds__(256)
+    row_quant_scalar_kernel(const RowQuantParams p, const RowQuantSchedule schedule) {
   __shared__ double sums[32];
   __shared__ uint32_t maxima[32];
   grid_dependency_launch();
@@ -217,10 +272,9 @@ __global__ void __launch_bounds__(256) row_quant_scalar_kernel(const RowQuantPar
   if (p.normalize) {
     double sum = 0.0;
     for (int64_t c = first; c < p.cols; c += step) {
-      const double d = to_float(x[c]);
-      sum = fma(d, d, sum);
+      sum = add_square(sum, to_float(x[c]));
     }
-    rstd = reciprocal_rms(block_sum(sum, sums), p);
+    rstd = reciprocal_rms(block_sum(sum, sums), schedule.inv_cols, p.eps);
   }
   const auto normalized = [&](int64_t c) {
     float v = to_float(x[c]);
