@@ -211,10 +211,13 @@ const HadamardPairBlock* find_pair_block(const RowHadamardParams& p) {
   return nullptr;
 }
 
-// Whether kPairWgmma is faster than kMma and kWgmma: from HadamardPairBlock::many blocks on.
+// Whether kPairWgmma is faster than kMma and kWgmma: from HadamardPairBlock::many blocks on, and
+// behind SwiGLU. Half the loads are left without it, and then what is sent takes longer than it
+// saves (4096 x 13824: 113 us with kWgmma, 126 with pairs).
 bool is_for_wgmma_pairs(const RowHadamardParams& p, const HadamardDevice& device) {
   const HadamardPairBlock* const block = find_pair_block(p);
-  return block && p.rows * (p.cols / p.block_size) * 132 >= int64_t{block->many} * device.sm_count;
+  return block && p.up &&
+         p.rows * (p.cols / p.block_size) * 132 >= int64_t{block->many} * device.sm_count;
 }
 
 }  // namespace

@@ -101,7 +101,8 @@ __device__ __forceinline__ float reciprocal_rms(double sum_of_squares, double in
 // What the launch adds to its parameters.
 struct RowQuantSchedule {
   double inv_cols;    // 1 / cols
-  bool launch_early;  // the next kernel may start from the beginning, not only behind the loads
+  bool launch_early;  // with one warp a row: the next kernel may start from the beginning, not only
+                      // behind the loads
 };
 
 template <typename T,         // of x
@@ -121,14 +122,16 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int thread = kWarpRows ? threadIdx.x % 32 : threadIdx.x;
   const int64_t row =
       kWarpRows ? int64_t{blockIdx.x} * (blockDim.x / 32) + threadIdx.x / 32 : blockIdx.x;
-  if (schedule.launch_early) grid_dependency_launch();
-  const int cols = static_cast<int>(p.cols), vectors = row < p.rows ? cols / 8 : 0;
+  if (!kWarpRows || schedule.launch_early) grid_dependency_launch();
+  const int cols = static_cast<int>(p.cols), vectors = kWarpRows && row >= p.rows ? 0 : cols / 8;
   const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
   if constexpr (kWarpRows) prefetch_row(x, 8 * vectors, thread);
   grid_dependency_wait();
 
+  // With four vectors a thread and many rows, registers count for more than the latency of a load.
+  constexpr bool kEarlyScale = kScaling == RowScale::kStatic && (kWarpRows || kVectors < 4);
   float scale = 1.0f;
-  if constexpr (kScaling == RowScale::kStatic) scale = load_constant_float(p.scale);
+  if constexpr (kEarlyScale) scale = load_constant_float(p.scale);
   RawVector<T> raw[kVectors];
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
@@ -161,7 +164,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     if (p.shift) copy_channels(p.shift, p.shift_dtype, cols, shared_shift);
     cp_async_commit();
   }
-  if (!schedule.launch_early) grid_dependency_launch();
+  if (kWarpRows && !schedule.launch_early) grid_dependency_launch();
 
   float rstd = 1.0f;
   if constexpr (kNormalize) {
@@ -204,7 +207,9 @@ __global__ void __launch_bounds__(kMaxThreads)
   };
 
   Quantizer quantizer{1.0f, p.qmin, p.qmax};
-  if constexpr (kScaling == RowScale::kStatic) quantizer.inv_scale = __fdiv_rn(1.0f, scale);
+  if constexpr (kScaling == RowScale::kStatic) {
+    quantizer.inv_scale = __fdiv_rn(1.0f, kEarlyScale ? scale : *p.scale);
+  }
   if constexpr (kScaling == RowScale::kDynamic) {
     uint32_t largest = 0;
 #pragma unroll
