@@ -8,7 +8,7 @@ if(NOT PREFIXQUANT_CUDA STREQUAL "OFF")
   include(CheckLanguage)
   check_language(CUDA)
   set(_has_gpu OFF)
-  if(EXISTS "/dev/nvidia0" OR EXISTS "/dev/dxg")  # native driver, or WSL
+  if(EXISTS "/dev/nvidia0" OR EXISTS "/dev/dxg") # native driver, or WSL
     set(_has_gpu ON)
   endif()
   if(PREFIXQUANT_CUDA STREQUAL "ON" AND NOT CMAKE_CUDA_COMPILER)
@@ -29,4 +29,6 @@ if(PREFIXQUANT_WITH_CUDA)
   set(CMAKE_CUDA_STANDARD 17)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 endif()
-message(STATUS "prefixquant ${PROJECT_VERSION}: CUDA ${PREFIXQUANT_WITH_CUDA} (${CMAKE_CUDA_ARCHITECTURES})")
+message(
+  STATUS
+    "prefixquant ${PROJECT_VERSION}: CUDA ${PREFIXQUANT_WITH_CUDA} (${CMAKE_CUDA_ARCHITECTURES})")

@@ -11,9 +11,11 @@ if(NOT CUTLASS_INCLUDE_DIR)
   if(Python_EXECUTABLE)
     # find_spec, not import: importing cutlass_library runs its kernel generator.
     execute_process(
-      COMMAND "${Python_EXECUTABLE}" -c
-              "import importlib.util as u; print(u.find_spec('cutlass_library').submodule_search_locations[0])"
-      OUTPUT_VARIABLE _cutlass_package OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+      COMMAND
+        "${Python_EXECUTABLE}" -c
+        "import importlib.util as u; print(u.find_spec('cutlass_library').submodule_search_locations[0])"
+      OUTPUT_VARIABLE _cutlass_package
+      OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
     find_path(CUTLASS_INCLUDE_DIR cutlass/cutlass.h HINTS "${_cutlass_package}/source/include")
   endif()
 endif()
