@@ -72,14 +72,6 @@ constexpr RowScale kNone = RowScale::kNone, kStatic = RowScale::kStatic,
 
 enum class Size { kFew, kSmall, kLarge };
 
-// Whether CTAs share the block in hadamard_pair_wgmma_kernel.
-bool is_pair_block(int k, int64_t pow2) {
-  for (const HadamardPairBlock& block : kHadamardPairBlocks) {
-    if (block.k == k && block.pow2 == pow2) return true;
-  }
-  return false;
-}
-
 // only_k: 0 for all
 int check_all(Size size, int only_k) {
   int failed = 0, launches = 0;
@@ -88,7 +80,7 @@ int check_all(Size size, int only_k) {
     if (only_k && c.k != only_k) return;
     for (const int64_t rows : {1, small ? 3 : 5, 300}) {
       if (rows == 300 && (small || c.cols > 4096)) continue;
-      const bool walks = c.cols == 28672 || is_pair_block(c.k, c.block / c.k);
+      const bool walks = c.cols == 28672 || find_hadamard_pair_block(c.k, c.block / c.k);
       if (few && rows > 1 && c.cols > 2048 && !walks) continue;
       c.rows = rows;
       for (const RowScale scaling : {kNone, kStatic, kDynamic}) {
@@ -113,7 +105,7 @@ int check_all(Size size, int only_k) {
     for (const int64_t pow2 : {2, 8, 16, 32, 64, 128, 256, 512}) {
       if (k * pow2 > 56000 || (k <= 60 && (pow2 == 16 || pow2 == 128 || pow2 == 256))) continue;
       if (small && pow2 > 64 && k > 28 && (k <= 60 || (k > 108 && pow2 > 128))) continue;
-      if (few && !is_pair_block(k, pow2) &&
+      if (few && !find_hadamard_pair_block(k, pow2) &&
           ((k % 3 != 1 && k != 96) || pow2 == 16 || pow2 == 32 || pow2 == 2 ||
            (k > 60 && pow2 > 64)))
         continue;

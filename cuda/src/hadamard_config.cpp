@@ -204,18 +204,11 @@ void take_smem(const RowHadamardParams& p, const HadamardDevice& device, int64_t
   config.grid = config.cluster * std::min(p.rows * (p.cols / p.block_size), ctas / config.cluster);
 }
 
-const HadamardPairBlock* find_pair_block(const RowHadamardParams& p) {
-  for (const HadamardPairBlock& block : kHadamardPairBlocks) {
-    if (block.k == p.k && block.pow2 * p.k == p.block_size) return &block;
-  }
-  return nullptr;
-}
-
 // Whether kPairWgmma is faster than kMma and kWgmma: from HadamardPairBlock::many blocks on, and
 // behind SwiGLU. Half the loads are left without it, and then what is sent takes longer than it
 // saves (4096 x 13824: 113 us with kWgmma, 126 with pairs).
 bool is_for_wgmma_pairs(const RowHadamardParams& p, const HadamardDevice& device) {
-  const HadamardPairBlock* const block = find_pair_block(p);
+  const HadamardPairBlock* const block = find_hadamard_pair_block(p.k, p.block_size / p.k);
   return block && p.up &&
          p.rows * (p.cols / p.block_size) * 132 >= int64_t{block->many} * device.sm_count;
 }
@@ -257,7 +250,7 @@ HadamardConfig hadamard_wgmma_config(const RowHadamardParams& p, bool vectors,
 HadamardConfig hadamard_pair_wgmma_config(const RowHadamardParams& p, bool vectors,
                                           const HadamardDevice& device) {
   HadamardConfig config = impossible(HadamardKernel::kPairWgmma);
-  const HadamardPairBlock* const block = find_pair_block(p);
+  const HadamardPairBlock* const block = find_hadamard_pair_block(p.k, p.block_size / p.k);
   if (!block || !can_multiply(p, vectors) || device.arch != 90 ||
       device.max_cluster < block->ctas || p.scaling == RowScale::kDynamic) {
     return config;

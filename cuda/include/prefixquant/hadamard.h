@@ -157,6 +157,14 @@ inline constexpr HadamardPairBlock kHadamardPairBlocks[] = {
 inline constexpr int kHadamardPairBlockCount =
     sizeof(kHadamardPairBlocks) / sizeof(kHadamardPairBlocks[0]);
 
+// The one of k x pow2, or nullptr.
+constexpr const HadamardPairBlock* find_hadamard_pair_block(int64_t k, int64_t pow2) {
+  for (const HadamardPairBlock& block : kHadamardPairBlocks) {
+    if (block.k == k && block.pow2 == pow2) return &block;
+  }
+  return nullptr;
+}
+
 // How the CTAs share such a block.
 struct HadamardPairPlan {
   int last_groups;        // that the last CTA transforms

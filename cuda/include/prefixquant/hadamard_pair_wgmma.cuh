@@ -263,7 +263,7 @@ __device__ __forceinline__ void finish_rest(const HadamardMmaArgs& p, const Inte
           }
         }
       }
-      if (Shape::kReceives > 1) received(plane);
+      received(plane);
 // Unrolled, three eights of outputs need more registers than there are.
 #pragma unroll(kRestTiles == 1 ? Shape::kSteps : 1)
       for (int step = 0; step < Shape::kSteps; ++step) {
