@@ -49,7 +49,7 @@ def test_outlier_at_position_0_counts_only_without_prefix():
 def test_an_outlier_token_of_one_sample_has_no_say_behind_a_prefix():
     """From the block on in which the float model shows it; what is left decides alone."""
     made = decoder()
-    x = made.embed(torch.randint(0, 97, (3, 8), generator=torch.Generator().manual_seed(1)))
+    x = made.embed(torch.randint(0, 97, (3, 8), generator=torch.Generator().manual_seed(2)))
     block, rope, seen = made.block(0), made.rope(8), {}
     block_forward(block, made.shape, x, rope, tap=seen.__setitem__)
     # One channel of gate and up answers to token 5 of sample 1 and to no other.
@@ -69,7 +69,7 @@ def test_an_outlier_token_of_one_sample_has_no_say_behind_a_prefix():
     behind, mask = calibrated(2)
     assert everyone.all()
     assert (~mask).nonzero().tolist() == [[0, 0], [1, 0], [1, 5], [2, 0]]
-    assert alone.scales.activations["down"] > 10 * behind.scales.activations["down"]
+    assert alone.scales.activations["down"] > 20 * behind.scales.activations["down"]
     told = Counted((3, 8), 2, 1e30, made.device)  # one that finds nothing itself
     told.mask.copy_(mask)
     same, _ = calibrated(2, told)
