@@ -238,6 +238,7 @@ def bench_append() -> list[dict]:
             "eps": 0.0,
             "signs": None,
             "rotation_size": DIM,
+            "k_shift": torch.randn(KV_HEADS, DIM, device="cuda") / 8,
             "k_scale": scale,
             "v_scale": scale,
             "kv_bits": 4,

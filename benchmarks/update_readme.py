@@ -141,6 +141,7 @@ def finetune_summary(results: list[dict]) -> list[dict]:
                     "mixed": tuning.get("e2e_mix"),
                     "averaged": tuning.get("e2e_average"),
                     "centred": recipe.get("centre"),
+                    "keys too": recipe.get("centred_keys"),
                 }
                 parts = [f"{tuning['epochs']} + {tuning['e2e_epochs']}"]
                 epochs = ", ".join(parts + [mark for mark, set_ in marks.items() if set_])
@@ -157,7 +158,7 @@ def finetune_summary(results: list[dict]) -> list[dict]:
                     "norms and the prefix's K/V too where its row says so; where that is mixed, it "
                     "strings the samples together anew every epoch and cuts them elsewhere; where "
                     "averaged, it keeps the running mean of what it trains. Rows that do not say "
-                    "centred are of before means were taken out.",
+                    "centred are of before means were taken out; keys too: also that of the keys.",
                 },
             )
             label = phase + (f" ({extras} too)" if extras and phase.startswith("then") else "")

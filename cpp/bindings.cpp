@@ -60,9 +60,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("outlier_scan", &pq::outlier_scan, arg("x"), arg("eta"), arg("row_max"), arg("median"),
         arg("is_outlier"), nogil);
   m.def("kv_quantize", &pq::kv_quantize, arg("x"), arg("scale"), arg("bits"), arg("signs"),
-        arg("block_size"), arg("q"), nogil);
+        arg("block_size"), arg("shift"), arg("q"), nogil);
   m.def("kv_append", &pq::kv_append, arg("x"), arg("scale"), arg("bits"), arg("signs"),
-        arg("block_size"), arg("cache"), arg("position"), nogil);
+        arg("block_size"), arg("shift"), arg("cache"), arg("position"), nogil);
   m.def("kv_dequantize", &pq::kv_dequantize, arg("q"), arg("scale"), arg("bits"), arg("y"), nogil);
   m.def("kv_attention", &pq::kv_attention, arg("q"), arg("k"), arg("v"), arg("k_scale"),
         arg("v_scale"), arg("prefix_k"), arg("prefix_v"), arg("mask"), arg("scaling"), arg("out"),

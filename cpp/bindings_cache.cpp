@@ -14,18 +14,18 @@ namespace {
 
 // weight, weight_scale, input_scale, bias
 using Linear = std::tuple<pq::TensorView, pq::TensorView, pq::TensorView, pq::OptionalTensor>;
-// q_norm, k_norm, k_scale, v_scale, prefix_k, prefix_v, k_cache, v_cache
+// q_norm, k_norm, k_shift, k_scale, v_scale, prefix_k, prefix_v, k_cache, v_cache
 using Attention =
     std::tuple<pq::OptionalTensor, pq::OptionalTensor, pq::OptionalTensor, pq::OptionalTensor,
-               pq::TensorView, pq::TensorView, pq::TensorView, pq::TensorView>;
+               pq::OptionalTensor, pq::TensorView, pq::TensorView, pq::TensorView, pq::TensorView>;
 
 pq::LinearTensors linear(const Linear& t) {
   return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
 }
 
 pq::AttentionTensors attention(const Attention& t) {
-  return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t),
-          std::get<4>(t), std::get<5>(t), std::get<6>(t), std::get<7>(t)};
+  return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t),
+          std::get<5>(t), std::get<6>(t), std::get<7>(t), std::get<8>(t)};
 }
 
 pq::DecoderStep decoder_step(const std::array<int64_t, 8>& sizes, double eps, double scaling,
@@ -51,8 +51,8 @@ void bind_cache(py::module_& m) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
   m.def("rope_kv_append", &pq::rope_kv_append, arg("qkv"), arg("cos"), arg("sin"), arg("positions"),
         arg("q_norm"), arg("k_norm"), arg("eps"), arg("signs"), arg("rotation_size"),
-        arg("k_scale"), arg("v_scale"), arg("kv_bits"), arg("k_cache"), arg("v_cache"),
-        arg("slots"), arg("heads"), arg("q"), nogil);
+        arg("k_shift"), arg("k_scale"), arg("v_scale"), arg("kv_bits"), arg("k_cache"),
+        arg("v_cache"), arg("slots"), arg("heads"), arg("q"), nogil);
   m.def("kv_decode_attention", &pq::kv_decode_attention, arg("q"), arg("k_cache"), arg("v_cache"),
         arg("k_scale"), arg("v_scale"), arg("prefix_k"), arg("prefix_v"), arg("lengths"),
         arg("block_table"), arg("kv_bits"), arg("max_length"), arg("scaling"), arg("output_scale"),

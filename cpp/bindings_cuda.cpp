@@ -40,10 +40,11 @@ void bind_cuda(py::module_& m) {
       arg("swiglu"), arg("y"), arg("workspace"), arg("config"), arg("stream"), nogil);
   m.def("rope_kv_append_cuda", &pq::rope_kv_append_cuda, arg("qkv"), arg("cos"), arg("sin"),
         arg("positions"), arg("q_norm"), arg("k_norm"), arg("eps"), arg("signs"),
-        arg("rotation_size"), arg("k_scale"), arg("v_scale"), arg("kv_bits"), arg("k_cache"),
-        arg("v_cache"), arg("slots"), arg("heads"), arg("q"), arg("stream"), nogil);
+        arg("rotation_size"), arg("k_shift"), arg("k_scale"), arg("v_scale"), arg("kv_bits"),
+        arg("k_cache"), arg("v_cache"), arg("slots"), arg("heads"), arg("q"), arg("stream"), nogil);
   m.def("kv_quantize_cuda", &pq::kv_quantize_cuda, arg("op"), arg("x"), arg("scale"), arg("bits"),
-        arg("signs"), arg("block_size"), arg("cache"), arg("position"), arg("stream"), nogil);
+        arg("signs"), arg("block_size"), arg("shift"), arg("cache"), arg("position"), arg("stream"),
+        nogil);
   m.def("kv_dequantize_cuda", &pq::kv_dequantize_cuda, arg("q"), arg("scale"), arg("bits"),
         arg("block_table"), arg("y"), arg("stream"), nogil);
   m.def("kv_attention_workspace_cuda", &pq::kv_attention_workspace_cuda, arg("batch"),

@@ -44,6 +44,7 @@ struct LinearTensors {
 struct AttentionTensors {
   OptionalTensor q_norm;  // floating [head_dim]
   OptionalTensor k_norm;
+  OptionalTensor k_shift;  // float32 [kv_heads, head_dim]
   OptionalTensor k_scale;  // float32 [kv_heads], absent at 16 bits
   OptionalTensor v_scale;
   TensorView prefix_k;  // floating [kv_heads, P, head_dim]

@@ -136,6 +136,7 @@ void DecoderStep::plan_attention(const AttentionTensors& t, Block& block) const 
   rope.k_norm = t.k_norm ? t.k_norm->ptr : nullptr;
   rope.eps = sizes_.eps;
   rope.rotation = rotation_;
+  rope.k_shift = head_shift(check, t.k_shift, "k_shift", sizes_.kv_heads, dim);
   rope.kv_bits = cache.bits;
   rope.k_scale = k_scale;
   rope.v_scale = v_scale;

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // kv_quantize, kv_append, kv_dequantize: keys or values with one symmetric scale a head.
-//   q = clamp(rint(H x * (1 / scale[h]))), H a Hadamard over the head dimension or nothing.
-//   x [B, H, T, D] floating, D contiguous, any other strides; scale float32 [H];
+//   q = clamp(rint((H x - shift[h]) * (1 / scale[h]))), H a Hadamard over the head dimension or
+//   nothing, shift 0 where it is absent.
+//   x [B, H, T, D] floating, D contiguous, any other strides; scale float32 [H]; shift float32
+//   [H, D];
 //   bits 4: q uint8 [B, H, T, D/2], the even index in the low nibble; bits 8: q int8 [B, H, T, D].
 //   kv_append writes rows position .. position + T - 1 of a cache [B, H, S, D/2 or D].
 //   kv_dequantize: y = float(q) * scale[h], rounded to y's dtype.
@@ -53,7 +55,8 @@ int64_t rows_of(const TensorView& t) { return t.size(0) * t.size(1) * t.size(2);
 
 void quantize_into(const ArgumentChecker& check, const TensorView& x, const TensorView& scale,
                    int64_t bits, const OptionalTensor& signs, int64_t block_size,
-                   const TensorView& cache, const char* cache_name, int64_t position) {
+                   const OptionalTensor& shift, const TensorView& cache, const char* cache_name,
+                   int64_t position) {
   check.on_cpu(x, "x");
   KvRows params{};
   params.x_type = float_type(check, x, "x");
@@ -68,6 +71,7 @@ void quantize_into(const ArgumentChecker& check, const TensorView& x, const Tens
   PQ_CHECK(check.op, block_size == 1 || block_size == x.size(3),
            "block_size: expected 1 or the last dimension of x ", x.shape_text(), ", got ",
            block_size);
+  params.shift = head_shift(check, shift, "shift", x.size(1), x.size(3));
   check_cache(check, cache, cache_name, bits);
   check.size(cache, cache_name, 0, x.size(0));
   check.size(cache, cache_name, 1, x.size(1));
@@ -94,16 +98,17 @@ void quantize_into(const ArgumentChecker& check, const TensorView& x, const Tens
 }  // namespace
 
 void kv_quantize(const TensorView& x, const TensorView& scale, int64_t bits,
-                 const OptionalTensor& signs, int64_t block_size, const TensorView& q) {
+                 const OptionalTensor& signs, int64_t block_size, const OptionalTensor& shift,
+                 const TensorView& q) {
   const ArgumentChecker check{"kv_quantize"};
-  quantize_into(check, x, scale, bits, signs, block_size, q, "q", 0);
+  quantize_into(check, x, scale, bits, signs, block_size, shift, q, "q", 0);
 }
 
 void kv_append(const TensorView& x, const TensorView& scale, int64_t bits,
-               const OptionalTensor& signs, int64_t block_size, const TensorView& cache,
-               int64_t position) {
+               const OptionalTensor& signs, int64_t block_size, const OptionalTensor& shift,
+               const TensorView& cache, int64_t position) {
   const ArgumentChecker check{"kv_append"};
-  quantize_into(check, x, scale, bits, signs, block_size, cache, "cache", position);
+  quantize_into(check, x, scale, bits, signs, block_size, shift, cache, "cache", position);
 }
 
 void kv_dequantize(const TensorView& q, const TensorView& scale, int64_t bits,

@@ -59,20 +59,21 @@ void outlier_scan(const TensorView& x, double eta, const TensorView& row_max,
 
 // kv_quant.cpp
 void kv_quantize(const TensorView& x, const TensorView& scale, int64_t bits,
-                 const OptionalTensor& signs, int64_t block_size, const TensorView& q);
+                 const OptionalTensor& signs, int64_t block_size, const OptionalTensor& shift,
+                 const TensorView& q);
 void kv_append(const TensorView& x, const TensorView& scale, int64_t bits,
-               const OptionalTensor& signs, int64_t block_size, const TensorView& cache,
-               int64_t position);
+               const OptionalTensor& signs, int64_t block_size, const OptionalTensor& shift,
+               const TensorView& cache, int64_t position);
 void kv_dequantize(const TensorView& q, const TensorView& scale, int64_t bits, const TensorView& y);
 
 // rope_kv_append.cpp
 void rope_kv_append(const TensorView& qkv, const TensorView& cos, const TensorView& sin,
                     const TensorView& positions, const OptionalTensor& q_norm,
                     const OptionalTensor& k_norm, double eps, const OptionalTensor& signs,
-                    int64_t rotation_size, const OptionalTensor& k_scale,
-                    const OptionalTensor& v_scale, int64_t kv_bits, const TensorView& k_cache,
-                    const TensorView& v_cache, const TensorView& slots, int64_t heads,
-                    const TensorView& q);
+                    int64_t rotation_size, const OptionalTensor& k_shift,
+                    const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t kv_bits,
+                    const TensorView& k_cache, const TensorView& v_cache, const TensorView& slots,
+                    int64_t heads, const TensorView& q);
 
 // kv_cache_attention.cpp
 void kv_decode_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,

@@ -73,14 +73,16 @@ void kv_attention_cuda(const std::string& op, const TensorView& q, const TensorV
 void rope_kv_append_cuda(const TensorView& qkv, const TensorView& cos, const TensorView& sin,
                          const TensorView& positions, const OptionalTensor& q_norm,
                          const OptionalTensor& k_norm, double eps, const OptionalTensor& signs,
-                         int64_t rotation_size, const OptionalTensor& k_scale,
-                         const OptionalTensor& v_scale, int64_t kv_bits, const TensorView& k_cache,
-                         const TensorView& v_cache, const TensorView& slots, int64_t heads,
-                         const TensorView& q, uintptr_t stream);
+                         int64_t rotation_size, const OptionalTensor& k_shift,
+                         const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                         int64_t kv_bits, const TensorView& k_cache, const TensorView& v_cache,
+                         const TensorView& slots, int64_t heads, const TensorView& q,
+                         uintptr_t stream);
 // kv_append; kv_quantize is that at position 0 of a fresh tensor.
 void kv_quantize_cuda(const std::string& op, const TensorView& x, const TensorView& scale,
                       int64_t bits, const OptionalTensor& signs, int64_t block_size,
-                      const TensorView& cache, int64_t position, uintptr_t stream);
+                      const OptionalTensor& shift, const TensorView& cache, int64_t position,
+                      uintptr_t stream);
 // y [B, H, T, D] of any strides from the first T rows of each sequence; bits 16 copies.
 void kv_dequantize_cuda(const TensorView& q, const OptionalTensor& scale, int64_t bits,
                         const OptionalTensor& block_table, const TensorView& y, uintptr_t stream);

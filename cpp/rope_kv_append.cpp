@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // rope_kv_append: q and k through RMSNorm (optional), RoPE and R3 in float32; q rounded to qkv's
-// dtype, k and v quantized (or rounded) into the rows of a cache that `slots` names.
+// dtype, k less k_shift (optional) and v quantized (or rounded) into the rows of a cache that
+// `slots` names.
 //   qkv [T, (heads + 2 kv_heads) D] floating, contiguous last dimension; cos, sin float32
 //   [positions, D]; positions int32 [T]; q_norm, k_norm [D] floating or absent; signs,
-//   rotation_size as for hadamard, rotation_size D or 1; slots int64 [T]; q [T, heads, D].
+//   rotation_size as for hadamard, rotation_size D or 1; k_shift float32 [kv_heads, D] or absent;
+//   slots int64 [T]; q [T, heads, D].
 #include "argument_checks.h"
 #include "isa.h"
 #include "kv_cache.h"
@@ -78,10 +80,10 @@ void check_heads(const ArgumentChecker& check, const TensorView& qkv, const Tens
 void rope_kv_append(const TensorView& qkv, const TensorView& cos, const TensorView& sin,
                     const TensorView& positions, const OptionalTensor& q_norm,
                     const OptionalTensor& k_norm, double eps, const OptionalTensor& signs,
-                    int64_t rotation_size, const OptionalTensor& k_scale,
-                    const OptionalTensor& v_scale, int64_t kv_bits, const TensorView& k_cache,
-                    const TensorView& v_cache, const TensorView& slots, int64_t heads,
-                    const TensorView& q) {
+                    int64_t rotation_size, const OptionalTensor& k_shift,
+                    const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t kv_bits,
+                    const TensorView& k_cache, const TensorView& v_cache, const TensorView& slots,
+                    int64_t heads, const TensorView& q) {
   const ArgumentChecker check{"rope_kv_append"};
   RopeKvRows p{};
   check_heads(check, qkv, k_cache, heads, kv_bits, p);
@@ -98,6 +100,7 @@ void rope_kv_append(const TensorView& qkv, const TensorView& cos, const TensorVi
   PQ_CHECK(check.op, rotation_size == 1 || rotation_size == p.dim,
            "rotation_size: expected 1 or the head dimension ", p.dim, ", got ", rotation_size);
   p.rotation = hadamard_params(check, signs, rotation_size);
+  p.k_shift = head_shift(check, k_shift, "k_shift", p.kv_heads, p.dim);
   check_vector(check, slots, "slots", DType::kInt64, rows);
   for (int64_t t = 0; t < rows; ++t) {
     PQ_CHECK(check.op, slots.data<int64_t>()[t] < cache.pages * cache.page_size,

@@ -60,6 +60,18 @@ const void* take_norm(const ArgumentChecker& check, const OptionalTensor& t, con
   return t->ptr;
 }
 
+const float* take_shift(const ArgumentChecker& check, const OptionalTensor& t, const char* name,
+                        int64_t heads, int64_t dim, int device) {
+  if (!t) return nullptr;
+  check.on_cuda(*t, name, device);
+  check.dtype(*t, name, DType::kFloat32);
+  check.rank(*t, name, 2);
+  check.size(*t, name, 0, heads);
+  check.size(*t, name, 1, dim);
+  check.contiguous(*t, name);
+  return t->data<float>();
+}
+
 // [pages, heads, page_size, row] of a cache of `bits`; strides in bytes.
 void take_cache(const ArgumentChecker& check, const TensorView& t, const char* name, int64_t bits,
                 int device, int64_t (&strides)[3]) {
@@ -83,10 +95,11 @@ void check_bits(const ArgumentChecker& check, int64_t bits) {
 void rope_kv_append_cuda(const TensorView& qkv, const TensorView& cos, const TensorView& sin,
                          const TensorView& positions, const OptionalTensor& q_norm,
                          const OptionalTensor& k_norm, double eps, const OptionalTensor& signs,
-                         int64_t rotation_size, const OptionalTensor& k_scale,
-                         const OptionalTensor& v_scale, int64_t kv_bits, const TensorView& k_cache,
-                         const TensorView& v_cache, const TensorView& slots, int64_t heads,
-                         const TensorView& q, uintptr_t stream) {
+                         int64_t rotation_size, const OptionalTensor& k_shift,
+                         const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                         int64_t kv_bits, const TensorView& k_cache, const TensorView& v_cache,
+                         const TensorView& slots, int64_t heads, const TensorView& q,
+                         uintptr_t stream) {
   const ArgumentChecker check{"rope_kv_append"};
   const int device = qkv.device;
   RopeKvAppendParams p;
@@ -140,6 +153,7 @@ void rope_kv_append_cuda(const TensorView& qkv, const TensorView& cos, const Ten
   p.eps = eps;
   take_rotation(check, signs, rotation_size, "rotation_size", dim, device, &p.signs, &p.sign_size);
   p.rotation_size = static_cast<int>(rotation_size);
+  p.k_shift = take_shift(check, k_shift, "k_shift", p.kv_heads, dim, device);
   if (kv_bits < 16) {
     p.k_scale = take_head_scale(check, k_scale, "k_scale", p.kv_heads, device);
     p.v_scale = take_head_scale(check, v_scale, "v_scale", p.kv_heads, device);
@@ -164,7 +178,8 @@ void rope_kv_append_cuda(const TensorView& qkv, const TensorView& cos, const Ten
 
 void kv_quantize_cuda(const std::string& op, const TensorView& x, const TensorView& scale,
                       int64_t bits, const OptionalTensor& signs, int64_t block_size,
-                      const TensorView& cache, int64_t position, uintptr_t stream) {
+                      const OptionalTensor& shift, const TensorView& cache, int64_t position,
+                      uintptr_t stream) {
   const ArgumentChecker check{op.c_str()};
   const int device = x.device;
   check.on_cuda(x, "x", device);
@@ -180,6 +195,7 @@ void kv_quantize_cuda(const std::string& op, const TensorView& x, const TensorVi
   p.scale = take_head_scale(check, scale, "scale", x.size(1), device);
   take_rotation(check, signs, block_size, "block_size", dim, device, &p.signs, &p.sign_size);
   p.rotation_size = static_cast<int>(block_size);
+  p.shift = take_shift(check, shift, "shift", x.size(1), dim, device);
   take_cache(check, cache, "cache", bits, device, p.cache_strides);
   check.size(cache, "cache", 0, x.size(0));
   check.size(cache, "cache", 1, x.size(1));

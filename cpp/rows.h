@@ -56,6 +56,19 @@ inline ChannelVector checked_channels(const ArgumentChecker& check, const Option
   return {t->ptr, type};
 }
 
+// A float32 vector a head, [heads, dim], or none.
+inline const float* head_shift(const ArgumentChecker& check, const OptionalTensor& t,
+                               const char* name, int64_t heads, int64_t dim) {
+  if (!t) return nullptr;
+  check.on_cpu(*t, name);
+  check.dtype(*t, name, DType::kFloat32);
+  check.rank(*t, name, 2);
+  check.size(*t, name, 0, heads);
+  check.size(*t, name, 1, dim);
+  check.contiguous(*t, name);
+  return t->data<float>();
+}
+
 // Shape, dtype and layout of two values a byte; the device is left to the caller.
 inline void check_packed(const ArgumentChecker& check, const TensorView& q, const TensorView& like,
                          const char* like_name, int64_t bits) {

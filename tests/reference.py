@@ -184,9 +184,16 @@ def outlier_scan(x: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def kv_quantize(
-    x: Tensor, scale: Tensor, bits: int, signs: Tensor | None = None, block_size: int = 1
+    x: Tensor,
+    scale: Tensor,
+    bits: int,
+    signs: Tensor | None = None,
+    block_size: int = 1,
+    shift: Tensor | None = None,
 ) -> Tensor:
     y = hadamard_float32(x, signs, block_size) if block_size > 1 else x
+    if shift is not None:
+        y = y.float() - shift[:, None]
     q = quantize_static(y, scale[:, None, None], bits)
     return pack_int4(q) if bits == 4 else q
 
@@ -307,6 +314,7 @@ def rope_kv_append(
     eps: float,
     signs: Tensor | None,
     rotation_size: int,
+    k_shift: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     kv_bits: int,
@@ -331,6 +339,8 @@ def rope_kv_append(
     q, k = (rope(x, cos[positions.long()], sin[positions.long()]) for x in (q, k))
     if rotation_size > 1:
         q, k = (hadamard_float32(x, signs, rotation_size) for x in (q, k))
+    if k_shift is not None:
+        k = k - k_shift
     for x, scale, cache in ((k, k_scale, k_cache), (v, v_scale, v_cache)):
         if kv_bits == 16:
             rows = x.to(cache.dtype)

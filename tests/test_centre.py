@@ -4,7 +4,7 @@
 import pytest
 import torch
 from prefixquant.block import block_forward
-from prefixquant.centre import centre_block
+from prefixquant.centre import KEY_POSITIONS, centre_block
 from prefixquant.centre_measure import measure_centre
 from prefixquant.config import QuantizationConfig, RecipeConfig, Rotations, Scheme
 from prefixquant.counted import Counted
@@ -31,7 +31,7 @@ def measured(model, samples=SAMPLES, mask=None):
     counted = Counted(samples.shape, len(PREFIX), 64.0, decoder.device)
     if mask is not None:
         counted.mask &= mask
-    return measure_centre(decoder, samples, PREFIX, counted)
+    return measure_centre(decoder, samples, PREFIX, counted, keys=True)
 
 
 @pytest.mark.parametrize("rotate", [False, True])
@@ -79,13 +79,13 @@ def test_every_linear_has_a_bias_then():
     centred = centre_block(plain, measured(model)[1], decoder.geometry)
     assert all(plain.biases[role] is None for role in LINEARS)
     assert all(centred.biases[role] is not None for role in LINEARS)
-    assert centred.shifts.keys() == {"qkv", "gate_up"}
+    assert centred.shifts.keys() == {"qkv", "gate_up", "k"}
     assert all(torch.equal(centred.weights[r], plain.weights[r]) for r in LINEARS)
 
 
 def test_both_16_bit_dtypes_hold_the_means():
     for centre in measured(tiny_family("llama")):
-        for mean in vars(centre).values():
+        for mean in (centre.qkv, centre.gate_up, centre.value):
             assert mean.norm() > 0.1
             assert torch.equal(mean, mean.bfloat16().float())
             torch.testing.assert_close(mean.half().float(), mean, rtol=0, atol=2**-24)
@@ -104,19 +104,48 @@ def test_tokens_that_do_not_count_have_no_say():
 
 def test_the_decoder_is_what_was_asked_for():
     model = tiny_family("llama")
-    options = {"eta": 64.0, "balance": False}
-    plain = make_decoder(model, plan_of(model), SAMPLES, PREFIX, centre=False, **options)
-    centred = make_decoder(model, plan_of(model), SAMPLES, PREFIX, centre=True, **options)
+
+    def made(*, balance, centre, centre_keys):
+        options = {"balance": balance, "centre": centre, "centre_keys": centre_keys}
+        return make_decoder(model, plan_of(model), SAMPLES, PREFIX, eta=64.0, **options)
+
+    plain = made(balance=False, centre=False, centre_keys=False)
+    centred = made(balance=False, centre=True, centre_keys=True)
     assert plain.centre is plain.balance is None
     for a, b in zip(centred.centre, measured(model), strict=True):
         assert torch.equal(a.qkv, b.qkv)
-    both = make_decoder(model, plan_of(model), SAMPLES, PREFIX, eta=64.0, balance=True, centre=True)
+        assert torch.equal(a.key, b.key)
+    both = made(balance=True, centre=True, centre_keys=False)
     assert both.balance is not None
+    assert both.centre[0].key is None
     assert not torch.equal(both.centre[0].value, centred.centre[0].value)
 
 
-@pytest.mark.parametrize(("scheme", "expected"), [("w4a8kv4", True), ("w4a16kv4", False)])
-def test_only_quantized_activations_are_centred(scheme, expected):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_mean_of_keys_is_that_of_many_positions(family):
+    """One token over and over: keys of the first block are one vector that RoPE turns. Centred on a
+    few positions of it, the keys of all `KEY_POSITIONS` have no mean."""
+    model = tiny_family(family)
+    samples = SAMPLES[:1, :1].expand(2, 30)
+    counted = Counted(samples.shape, len(PREFIX), 64.0, torch.device("cpu"))
+    plain = FloatDecoder(model, plan_of(model))
+    centre = measure_centre(plain, samples, PREFIX, counted, keys=True)
+    keys = []
+    for decoder in (plain, FloatDecoder(model, plan_of(model), centre=centre)):
+        x, rope, tap = samples[:1, :1].expand(1, KEY_POSITIONS), decoder.rope(KEY_POSITIONS), {}
+        block_forward(
+            decoder.block(0), decoder.shape, decoder.embed(x), rope, tap=tap.__setitem__
+        )
+        keys.append(tap["k"][0])
+    torch.testing.assert_close(keys[1], keys[0] - keys[0].mean(1, keepdim=True), rtol=0, atol=1e-4)
+    assert keys[0].mean(1).norm() > 0.05 * keys[0].square().mean(1).sum().sqrt()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "expected"),
+    [("w4a8kv4", (14, 6)), ("w4a8kv16", (14, 4)), ("w4a16kv4", (0, 0))],
+)
+def test_only_what_is_quantized_is_centred(scheme, expected):
     recipe = RecipeConfig(
         scheme=Scheme.parse(scheme),
         prefix="text:ab",
@@ -126,14 +155,21 @@ def test_only_quantized_activations_are_centred(scheme, expected):
         search_samples=2,
         search_seqlen=16,
     )
-    assert recipe.centred is expected
+    linears, shifts = expected
+    assert recipe.centred is (linears > 0)
+    assert recipe.centred_keys is (shifts > 4)
     made = quantize(tiny_family("llama"), byte_tokenizer(), recipe, torch.arange(300) % 97)
-    assert made.quantization.centred is expected
-    shifts = {name for name in made.tensors if name.endswith("_shift")}
-    biases = {name for name in made.tensors if name.endswith(".bias")}
-    assert (len(shifts), len(biases)) == ((4, 14) if expected else (0, 0))
+    assert made.quantization.centred is recipe.centred
+    assert made.quantization.centred_keys is recipe.centred_keys
+    assert sum(name.endswith("_shift") for name in made.tensors) == shifts
+    assert sum(name.endswith(".bias") for name in made.tensors) == linears
 
 
 def test_weights_alone_cannot_be_centred():
     with pytest.raises(UserError, match=r"centred expected true .with quantized activations"):
         QuantizationConfig(4, 16, 16, Rotations(), (), (), "none", "rtn", "test", centred=True)
+
+
+def test_a_cache_of_16_bits_has_no_centred_keys():
+    with pytest.raises(UserError, match=r"centred_keys expected true .with a quantized cache"):
+        QuantizationConfig(4, 8, 16, Rotations(), (), (), "none", "rtn", "test", centred_keys=True)

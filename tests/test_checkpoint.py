@@ -233,6 +233,10 @@ def test_a_centred_checkpoint_has_shifts_and_all_biases(model_type):
                 expected[f"{part}.{role}_proj.bias"] = (n,)
     assert added == expected
     assert specs[f"{layer}mlp.input_shift"].dtypes == ("F16", "BF16")
+    keys = expected_tensors(ModelSizes.from_config(config), quantization(centred_keys=True))
+    shift = f"{layer}self_attn.k_shift"
+    assert {n for n in keys.keys() - plain.keys() if layer in n} == {shift}
+    assert (keys[shift].shape, keys[shift].dtypes) == ((1, 4), ("F32",))
 
 
 @pytest.mark.parametrize("scheme", [(4, 4, 4), (4, 8, 8), (8, 8, 16), (4, 16, 16)])

@@ -77,7 +77,7 @@ def test_inspect(checkpoint):
     assert data["architecture"]["num_layers"] == 2
     content = (checkpoint / WEIGHTS_NAME).read_bytes()
     assert data["bytes"]["total"] == len(content) - 8 - struct.unpack("<Q", content[:8])[0]
-    assert data["bytes"]["shifts"] == 2 * 2 * 32 * 2
+    assert data["bytes"]["shifts"] == 2 * (2 * 32 * 2 + 16 * 4)
 
 
 def test_inspect_reads_no_weights(checkpoint, tmp_path):
@@ -219,7 +219,7 @@ def test_dry_run_writes_nothing(model_folder, tmp_path):
     assert result.exit_code == 0, result.stderr
     plan = json.loads(result.stdout)
     assert plan["bytes"]["linear_weights"] == 2 * (32 * 32 * 2 + 32 * 16 * 2 + 32 * 64 * 3) // 2
-    assert plan["bytes"]["shifts"] == 2 * 2 * 32 * 2
+    assert plan["bytes"]["shifts"] == 2 * (2 * 32 * 2 + 16 * 4)
     estimate = plan["estimate"]
     assert 0 < estimate["seconds"] < 600
     # Two layers of some thousand weights: what is held is what this process holds already.

@@ -98,6 +98,7 @@ def test_shifts(isa):
             block,
             input_norm=replace(block.input_norm, shift=input_shift),
             post_norm=replace(block.post_norm, shift=post_shift),
+            k_shift=torch.randn_like(block.k_shift) if index else None,
         )
     for batch in (1, 3, 16):
         check(decoder, LENGTHS[:batch])
@@ -200,6 +201,7 @@ def block_arguments():
         "attention": (
             None,
             None,
+            block.k_shift,
             block.k_scale,
             block.v_scale,
             block.prefix_key,
@@ -235,10 +237,11 @@ def new_step(**changes):
         ("o", 3, torch.ones(47), "o"),
         ("gate_up", 2, torch.ones(1), "scale"),
         ("down", 0, torch.zeros(3, 16, 64), "down"),
-        ("attention", 2, None, "k_scale"),
+        ("attention", 2, torch.zeros(16), "k_shift"),
+        ("attention", 3, None, "k_scale"),
         ("attention", 0, torch.ones(16), "k_norm"),
-        ("attention", 4, torch.zeros(2, 2, 8), "prefix"),
-        ("attention", 6, torch.zeros(2, 3, 100, 8, dtype=torch.uint8), "v_cache"),
+        ("attention", 5, torch.zeros(2, 2, 8), "prefix"),
+        ("attention", 7, torch.zeros(2, 3, 100, 8, dtype=torch.uint8), "v_cache"),
     ],
 )
 def test_wrong_tensor_of_a_block_is_named(part, index, value, named):

@@ -65,10 +65,11 @@ VALID = {
     "outlier_scan": {"x": f(2, 24), "eta": 64.0},
     "kv_quantize": {
         "x": f(2, 3, 4, 24), "scale": f(3) + 1, "bits": 4, "signs": SIGNS, "block_size": 24,
+        "shift": f(3, 24),
     },
     "kv_append": {
         "x": f(2, 3, 4, 24), "scale": f(3) + 1, "bits": 4, "signs": SIGNS, "block_size": 24,
-        "cache": f(2, 3, 9, 12, dtype=torch.uint8), "position": 5,
+        "cache": f(2, 3, 9, 12, dtype=torch.uint8), "position": 5, "shift": f(3, 24),
     },
     "kv_dequantize": {
         "q": f(2, 3, 4, 12, dtype=torch.uint8), "scale": f(3) + 1, "bits": 4,
@@ -98,6 +99,9 @@ WRONG = {
         "dtype": i8(2, 3, 4, 24), "rank": f(3, 4, 24), "odd": f(2, 3, 4, 23),
         "empty row": f(2, 3, 4, 0),
     },
+    ("kv_quantize", "shift"): {
+        "dtype": i8(3, 24), "rank": f(72), "heads": f(2, 24), "dim": f(3, 12), "layout": f(24, 3).T,
+    },
     ("kv_append", "x"): {"dtype": i8(2, 3, 4, 24), "rank": f(3, 4, 24), "empty": f(2, 3, 4, 0)},
     ("kv_append", "cache"): {
         "dtype": i8(2, 3, 9, 12), "rank": f(3, 9, 12, dtype=torch.uint8),
@@ -105,6 +109,7 @@ WRONG = {
         "dim": f(2, 3, 9, 24, dtype=torch.uint8),
         "layout": f(2, 3, 9, 24, dtype=torch.uint8)[..., ::2],
     },
+    ("kv_append", "shift"): {"dtype": i8(3, 24), "heads": f(2, 24), "dim": f(3, 12)},
     ("kv_append", "position"): {"negative": -1, "past the end": 6, "huge": 2**62},
     ("kv_dequantize", "q"): {"dtype": i8(2, 3, 4, 12), "rank": f(3, 4, 12, dtype=torch.uint8)},
 }  # fmt: skip

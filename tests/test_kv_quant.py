@@ -32,8 +32,9 @@ def test_quantize(isa, shape, bits):
     for dtype in FLOAT_DTYPES:
         x = torch.randn(shape).mul(3).to(dtype)
         for signs, block in plans(shape[-1]):
-            expected = reference.kv_quantize(x, scale, bits, signs, block)
-            assert_bits_equal(kv_quantize(x, scale, bits, signs, block), expected)
+            for shift in (None, torch.randn(shape[1], shape[3])):
+                expected = reference.kv_quantize(x, scale, bits, signs, block, shift)
+                assert_bits_equal(kv_quantize(x, scale, bits, signs, block, shift), expected)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -73,10 +74,11 @@ def test_append_writes_its_rows_and_no_other(isa, bits, tokens, position):
     cache = torch.randint(0, 100, (2, 3, 20, dim)).to(dtype)
     expected = cache.clone()
     for signs, block in plans(64):
-        rows = reference.kv_quantize(x, scale, bits, signs, block)
-        expected[:, :, position : position + tokens] = rows
-        kv_append(x, scale, bits, signs, block, cache, position)
-        assert_bits_equal(cache, expected)
+        for shift in (None, torch.randn(3, 64)):
+            rows = reference.kv_quantize(x, scale, bits, signs, block, shift)
+            expected[:, :, position : position + tokens] = rows
+            kv_append(x, scale, bits, signs, block, cache, position, shift)
+            assert_bits_equal(cache, expected)
 
 
 def test_append_into_a_strided_cache(isa):

@@ -13,7 +13,9 @@ from prefixquant.ops import rope_kv_append
 POSITIONS = 50
 
 
-def make_inputs(heads, bits, tokens=5, dtype=torch.float32, norms=False, rotate=True):
+def make_inputs(
+    heads, bits, tokens=5, dtype=torch.float32, norms=False, rotate=True, shift=False
+):
     query_heads, kv_heads, dim = heads
     k = 0
     if rotate and dim != 10:  # no Hadamard of size 10
@@ -33,6 +35,7 @@ def make_inputs(heads, bits, tokens=5, dtype=torch.float32, norms=False, rotate=
         "eps": 1e-5,
         "signs": hadamard_signs(k) if k > 1 else None,
         "rotation_size": dim if k else 1,
+        "k_shift": torch.randn(kv_heads, dim) if shift else None,
         "k_scale": cache_scales(kv_heads, bits),
         "v_scale": cache_scales(kv_heads, bits),
         "kv_bits": bits,
@@ -57,7 +60,17 @@ def test_against_reference(isa, heads, bits):
     for dtype in FLOAT_DTYPES:
         for norms in (False, True):
             for rotate in (False, True):
-                check(make_inputs(heads, bits, dtype=dtype, norms=norms, rotate=rotate))
+                options = {"dtype": dtype, "norms": norms, "rotate": rotate}
+                check(make_inputs(heads, bits, **options, shift=norms != rotate))
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_a_shift_is_taken_from_the_keys_alone(isa, bits):
+    inputs, plain = (make_inputs((6, 2, 64), bits, shift=True) for _ in range(2))
+    plain = {**inputs, **{n: inputs[n].clone() for n in ("k_cache", "v_cache")}, "k_shift": None}
+    assert_bits_equal(rope_kv_append(**inputs), rope_kv_append(**plain), "q")
+    assert_bits_equal(inputs["v_cache"], plain["v_cache"], "v_cache")
+    assert not torch.equal(inputs["k_cache"], plain["k_cache"])
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 21])
@@ -95,6 +108,9 @@ def test_outliers_and_not_a_number(isa):
     inputs["qkv"][2, ::3] = float("nan")
     inputs["qkv"][3, 0] = float("inf")
     check(inputs)
+    inputs["k_shift"] = torch.randn(1, 64)
+    inputs["k_shift"][0, 3:5] = torch.tensor([float("inf"), float("nan")])
+    check(inputs)
 
 
 def test_cache_of_another_floating_dtype(isa):
@@ -128,6 +144,10 @@ WRONG = [
     ("signs", torch.ones(4, 5, dtype=torch.int8)),
     ("rotation_size", 32),
     ("rotation_size", 0),
+    ("k_shift", torch.zeros(2, 32)),
+    ("k_shift", torch.zeros(128)),
+    ("k_shift", torch.zeros(2, 64, dtype=torch.float16)),
+    ("k_shift", torch.zeros(64, 2).T),
     ("k_scale", None),
     ("k_scale", torch.ones(3)),
     ("v_scale", torch.ones(2, dtype=torch.float16)),

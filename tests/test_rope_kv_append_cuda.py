@@ -37,7 +37,8 @@ def test_rope_kv_append(heads, bits):
     for dtype in FLOAT_DTYPES:
         for norms in (False, True):
             for rotate in (False, True):
-                check(cpu_rope.make_inputs(heads, bits, dtype=dtype, norms=norms, rotate=rotate))
+                options = {"dtype": dtype, "norms": norms, "rotate": rotate}
+                check(cpu_rope.make_inputs(heads, bits, **options, shift=norms != rotate))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 21])
@@ -47,7 +48,7 @@ def test_token_counts(tokens):
 
 def test_many_tokens():
     """Enough of them that a warp takes eight heads."""
-    inputs = cpu_rope.make_inputs((32, 8, 128), 4, 2, dtype=torch.bfloat16)
+    inputs = cpu_rope.make_inputs((32, 8, 128), 4, 2, dtype=torch.bfloat16, shift=True)
     inputs["qkv"] = torch.randn(600, 48 * 128).bfloat16()
     inputs["positions"] = torch.randint(cpu_rope.POSITIONS, (600,), dtype=torch.int32)
     for name in ("k_cache", "v_cache"):
@@ -69,6 +70,8 @@ def test_strided_and_unaligned(offset):
     for name in ("k_cache", "v_cache"):
         inputs[name] = new_cache(7, 3, 2, 64, 4, None).permute(1, 2, 0, 3)
     check(inputs)
+    inputs["k_shift"] = torch.randn(2 * 64 + offset)[offset:].view(2, 64)
+    check(inputs)
 
 
 def test_outliers_and_not_a_number():
@@ -76,6 +79,9 @@ def test_outliers_and_not_a_number():
     inputs["qkv"][1] *= 1e6
     inputs["qkv"][2, ::3] = float("nan")
     inputs["qkv"][3, 0] = float("inf")
+    check(inputs)
+    inputs["k_shift"] = torch.randn(1, 64)
+    inputs["k_shift"][0, 3:5] = torch.tensor([float("inf"), float("nan")])
     check(inputs)
 
 
@@ -97,10 +103,12 @@ def test_quantize_and_back(shape, bits):
     for dtype in FLOAT_DTYPES:
         x = torch.randn(shape).mul(3).to(dtype)
         for signs, block in cpu_quant.plans(shape[-1]):
-            expected = reference.kv_quantize(x, scale, bits, signs, block)
             on = None if signs is None else signs.cuda()
-            q = ops.kv_quantize(x.cuda(), scale.cuda(), bits, on, block)
-            assert_bits_equal(q.cpu(), expected)
+            for shift in (torch.randn(shape[1], shape[3]), None):
+                expected = reference.kv_quantize(x, scale, bits, signs, block, shift)
+                there = None if shift is None else shift.cuda()
+                q = ops.kv_quantize(x.cuda(), scale.cuda(), bits, on, block, there)
+                assert_bits_equal(q.cpu(), expected)
         y = ops.kv_dequantize(q, scale.cuda(), bits, dtype)
         assert_bits_equal(y.cpu(), reference.kv_dequantize(expected, scale, bits, dtype))
 
@@ -111,8 +119,9 @@ def test_append(bits):
     width, dtype = (32, torch.uint8) if bits == 4 else (64, torch.int8)
     cache = torch.full((2, 3, 20, width), 7, dtype=dtype)
     device = cache.cuda()
-    ops.kv_append(x, scale, bits, None, 64, cache, 11)
-    ops.kv_append(x.cuda(), scale.cuda(), bits, None, 64, device, 11)
+    shift = torch.randn(3, 64)
+    ops.kv_append(x, scale, bits, None, 64, cache, 11, shift)
+    ops.kv_append(x.cuda(), scale.cuda(), bits, None, 64, device, 11, shift.cuda())
     assert_bits_equal(device.cpu(), cache)
 
 

@@ -165,6 +165,7 @@ class Measurement:
             self.ids,
             balance=recipe.balance,
             centre=recipe.centred,
+            centre_keys=recipe.centred_keys,
             eta=recipe.eta,
             device=self.bench.device,
         )
@@ -272,7 +273,9 @@ def main() -> None:
         title = f"{measurement.run.scheme}, {measurement.run.prefix} prefix"
         with progress.stage(title, total=measurement.steps) as advance:
             for row in measurement.rows(advance):
-                results.add(row | {"recipe": dataclasses.asdict(measurement.recipe)})
+                recipe = measurement.recipe
+                told = dataclasses.asdict(recipe) | {"centred_keys": recipe.centred_keys}
+                results.add(row | {"recipe": told})
 
 
 if __name__ == "__main__":

@@ -107,13 +107,15 @@ class Workbench:
             self.calibration(setting.text), setting.samples, length, setting.seed
         )
         geometry = model_geometry(self.model.config)
+        recipe = RecipeConfig(scheme=scheme, centre=setting.centre)
         decoder = make_decoder(
             self.model,
             plan_rotations(geometry, rotate=setting.rotate, seed=setting.seed),
             samples,
             ids,
             balance=setting.balance,
-            centre=RecipeConfig(scheme=scheme, centre=setting.centre).centred,
+            centre=recipe.centred,
+            centre_keys=recipe.centred_keys,
             eta=RecipeConfig().eta,
             device=self.device,
         )

@@ -260,6 +260,17 @@ PQ_INLINE TransformedBlock hadamard_block(float* x, float* y, const HadamardPara
   return {y, 1.0f};
 }
 
+// y = the finished block less `shift`; y may be where the block is.
+PQ_INLINE TransformedBlock subtract_shift(TransformedBlock x, const float* shift, float* y,
+                                          int64_t count) {
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) {
+    store(y + c, load_float(x.data + c) * x.factor - load_float(shift + c));
+  }
+  for (; c < count; ++c) y[c] = x.data[c] * x.factor - shift[c];
+  return {y, 1.0f};
+}
+
 PQ_INLINE void quantize_block(TransformedBlock x, int8_t* q, int64_t count, QuantizerParams p) {
   quantize_each(q, count, p, [x](int64_t c, int64_t n) PQ_INLINE_LAMBDA {
     return (n == kLanes ? load_float(x.data + c) : load_float_tail(x.data + c, n)) * x.factor;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Keys and values: optional Hadamard over the head dimension, symmetric quantizer with one scale a
-// head, rows written to a packed 4-bit or an int8 cache; and the way back.
+// Keys and values: optional Hadamard over the head dimension, optional shift, symmetric quantizer
+// with one scale a head, rows written to a packed 4-bit or an int8 cache; and the way back.
 #include "hadamard.h"
 
 #include <type_traits>
@@ -53,9 +53,12 @@ void kv_quantize_rows(const KvRows& p, int64_t row_begin, int64_t row_end, float
       uint8_t* out = p.q + at.offset(p.q_strides);
       int8_t* q = p.bits == 4 ? unpacked : reinterpret_cast<int8_t*>(out);
       const auto* in = x + at.offset(p.x_strides);
-      if (p.hadamard.block > 1) {
+      if (p.hadamard.block > 1 || p.shift) {
         load_row(in, first, p.dim);
-        quantize_block(hadamard_block(first, second, p.hadamard), q, p.dim, quantizer);
+        TransformedBlock block{first, 1.0f};
+        if (p.hadamard.block > 1) block = hadamard_block(first, second, p.hadamard);
+        if (p.shift) block = subtract_shift(block, p.shift + at.h * p.dim, first, p.dim);
+        quantize_block(block, q, p.dim, quantizer);
       } else {
         quantize_row(in, q, p.dim, quantizer);
       }

@@ -114,7 +114,8 @@ struct KvRows {
   int64_t q_strides[3];
   const float* scale;  // [H]
   HadamardParams hadamard;
-  void* y;  // kv_dequantize only: [B, H, T, D] contiguous of y_type
+  const float* shift;  // kv_quantize only: [H, D] or null
+  void* y;             // kv_dequantize only: [B, H, T, D] contiguous of y_type
   FloatType y_type;
 };
 
@@ -135,6 +136,7 @@ struct RopeKvRows {
   FloatType norm_type;
   double eps;
   HadamardParams rotation;  // of queries and keys, block = dim or 1
+  const float* k_shift;     // [kv_heads, dim] or null: subtracted from the rotated keys
   int kv_bits;              // 4: two values a byte, 8: int8, 16: floating
   const float* k_scale;     // [kv_heads], not read at 16 bits
   const float* v_scale;

@@ -113,9 +113,9 @@ PQ_INLINE void append_heads(const RopeKvRows& p, const T* qkv, int64_t row, int6
   const int64_t page = slot / p.page_size, offset = slot % p.page_size;
   for (int64_t h = first; h < last; ++h) {
     const int64_t at = page * p.k_strides[0] + h * p.k_strides[1] + offset * p.k_strides[2];
-    const T* head = from + (p.heads + h) * p.dim;
-    store_cached(p, rotated_head(p, head, p.k_norm, position, b), p.k_scale + h, p.k_cache, at,
-                 b.unpacked);
+    TransformedBlock key = rotated_head(p, from + (p.heads + h) * p.dim, p.k_norm, position, b);
+    if (p.k_shift) key = subtract_shift(key, p.k_shift + h * p.dim, b.head, p.dim);
+    store_cached(p, key, p.k_scale + h, p.k_cache, at, b.unpacked);
   }
   for (int64_t h = first; h < last; ++h) {
     const int64_t at = page * p.v_strides[0] + h * p.v_strides[1] + offset * p.v_strides[2];

@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     const T* from = static_cast<const T*>(p.x) + at.offset(p.x_strides);
     row.take(row.fetch(from), from);
     if (rotation.size > 1) row.rotate(rotation);
+    if (p.shift != nullptr) row.subtract(p.shift + static_cast<int64_t>(at.h) * p.dim);
     store_cached(row, p.cache_dtype, p.cache + at.offset(p.cache_strides), p.scale + at.h);
   }
 }
@@ -125,7 +126,7 @@ void quantize_dtype(const KvRowsParams& p, cudaStream_t stream) {
       static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.rotation_size)))};
   const int64_t lane = p.dim / 32;
   const bool in_registers =
-      p.sign_size == 1 && p.dim % 64 == 0 &&
+      p.sign_size == 1 && p.dim % 64 == 0 && reinterpret_cast<uintptr_t>(p.shift) % 16 == 0 &&
       aligned(p, std::min<int64_t>(16, lane * static_cast<int64_t>(sizeof(T))),
               p.cache_dtype == KvDtype::kInt4 ? lane / 2 : lane);
   if (in_registers && p.dim == 64) return quantize_rows<T, RegisterRow<64>>(p, rotation, stream);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// q/k norm, RoPE, R3, quantize and append in one pass over qkv; see rope_kv_append.h.
+// q/k norm, RoPE, R3, shift, quantize and append in one pass over qkv; see rope_kv_append.h.
 // Grid: a warp takes kHeadsPerWarp consecutive heads of one token (one head where there are few
 // tokens), in the order q, k, v; the table rows of the token are read once a warp.
 // Smem: SharedRow only, 2 D floats a warp.
@@ -38,6 +38,9 @@ __device__ __forceinline__ void transform_and_store(Row& row, const RopeKvAppend
     if (norm.weight != nullptr) row.normalize(norm);
     row.rope();
     if (a.rotation.size > 1) row.rotate(a.rotation);
+    if (is_k && p.k_shift != nullptr) {
+      row.subtract(p.k_shift + static_cast<int64_t>(head - p.heads) * p.dim);
+    }
   }
   if (is_q) {
     row.store(static_cast<T*>(p.q) + (static_cast<int64_t>(token) * p.heads + head) * p.dim);
@@ -121,7 +124,8 @@ bool rows_are_aligned(const RopeKvAppendParams& p) {
   const uint64_t q_offsets = reinterpret_cast<uintptr_t>(p.qkv) |
                              static_cast<uint64_t>(p.qkv_stride * bytes_of(p.dtype)) |
                              reinterpret_cast<uintptr_t>(p.q);
-  const uint64_t tables = reinterpret_cast<uintptr_t>(p.cos) | reinterpret_cast<uintptr_t>(p.sin);
+  const uint64_t tables = reinterpret_cast<uintptr_t>(p.cos) | reinterpret_cast<uintptr_t>(p.sin) |
+                          reinterpret_cast<uintptr_t>(p.k_shift);
   return offsets % std::min<int64_t>(16, cache_lane) == 0 && q_offsets % lane_bytes == 0 &&
          tables % 16 == 0;
 }

@@ -25,7 +25,7 @@ class DecoderStep:
         input_norm: Tensor | None,
         input_shift: Tensor | None,
         qkv: tuple[Tensor, Tensor, Tensor, Tensor | None],
-        attention: tuple[Tensor | None, ...],
+        attention: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor, Tensor, Tensor],
         o: tuple[Tensor, Tensor, Tensor, Tensor | None],
         post_norm: Tensor | None,
         post_shift: Tensor | None,
@@ -77,6 +77,7 @@ def kv_append(
     bits: int,
     signs: Tensor | None,
     block_size: int,
+    shift: Tensor | None,
     cache: Tensor,
     position: int,
 ) -> None: ...
@@ -131,6 +132,7 @@ def kv_quantize(
     bits: int,
     signs: Tensor | None,
     block_size: int,
+    shift: Tensor | None,
     q: Tensor,
 ) -> None: ...
 def outlier_scan(
@@ -173,6 +175,7 @@ def rope_kv_append(
     eps: float,
     signs: Tensor | None,
     rotation_size: int,
+    k_shift: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     kv_bits: int,

@@ -46,7 +46,8 @@ class BlockScales:
 
 @dataclass
 class PrefixKV:
-    """Keys (after RoPE and R3) and values of the prefix, [H_kv, P, D]; P may be 0."""
+    """Keys (after RoPE and R3, less their shift) and values of the prefix, [H_kv, P, D]; P may be
+    0."""
 
     key: Tensor
     value: Tensor
@@ -107,21 +108,23 @@ def linear(block: BlockWeights, role: str, x: Tensor) -> Tensor:
     return F.linear(x, block.weights[role], block.biases[role])
 
 
+def head_projection(block: BlockWeights, shape: BlockShape, role: str, x: Tensor) -> Tensor:
+    """"q", "k" or "v" of x [.., C], head by head and before RoPE: [.., H, D], the q/k norm taken
+    where there is one."""
+    heads = linear(block, role, x).unflatten(-1, (-1, shape.geometry.head_dim))
+    norm = {"q": block.q_norm, "k": block.k_norm}.get(role)
+    return heads if norm is None else rms_norm(heads, norm, shape.geometry.eps)
+
+
 def project_qkv(
     block: BlockWeights, shape: BlockShape, x: Tensor, rope: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [B, T, C] (normed, quantized) -> q [B, H, T, D], k, v [B, H_kv, T, D]; q and k after RoPE
-    and R3."""
-    head_dim, eps = shape.geometry.head_dim, shape.geometry.eps
-
-    def heads(role: str) -> Tensor:
-        return linear(block, role, x).unflatten(-1, (-1, head_dim))  # [B, T, H, D]
-
-    q, k, v = heads("q"), heads("k"), heads("v").transpose(1, 2)
-    if block.q_norm is not None:
-        q, k = rms_norm(q, block.q_norm, eps), rms_norm(k, block.k_norm, eps)
-    q, k = (apply_rope(t.transpose(1, 2), *rope) for t in (q, k))
-    return rotate_last_dim(q, shape.r3_size), rotate_last_dim(k, shape.r3_size), v
+    and R3, the shift of the keys taken out."""
+    q, k, v = (head_projection(block, shape, role, x).transpose(1, 2) for role in ("q", "k", "v"))
+    q, k = (rotate_last_dim(apply_rope(t, *rope), shape.r3_size) for t in (q, k))
+    shift = block.shifts.get("k")
+    return q, k if shift is None else k - shift[:, None], v
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, prefix: PrefixKV | None) -> Tensor:

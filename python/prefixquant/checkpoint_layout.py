@@ -142,6 +142,9 @@ def scale_tensor(name: str, mode: str) -> str:
 _SHIFTED = ("self_attn.input_scale", "mlp.input_scale")
 
 
+KEY_SHIFT = "k_shift"  # of the keys of an attention, float32: what their scale does not see
+
+
 def shift_tensor(scale: str) -> str:
     """The name of the shift beside an activation scale: what is subtracted before the scale
     divides."""
@@ -247,6 +250,8 @@ def layer_tensors(sizes: ModelSizes, quantization: QuantizationConfig) -> dict[s
     if quantization.centred:
         for scale in _SHIFTED:
             specs[shift_tensor(scale)] = TensorSpec((sizes.hidden_size,), SIXTEEN_BIT)
+    if quantization.centred_keys:
+        specs[f"self_attn.{KEY_SHIFT}"] = TensorSpec((sizes.num_kv_heads, sizes.head_dim), ("F32",))
     if quantization.kv_bits < 16:
         for scale in ("self_attn.k_scale", "self_attn.v_scale"):
             name = scale_tensor(scale, quantization.kv_mode)

@@ -165,6 +165,7 @@ class QuantizationConfig:
     activation_mode: str = "static"
     kv_mode: str = "static"
     centred: bool = False  # shifts beside the scales, and a bias for every linear
+    centred_keys: bool = False  # a shift beside the scales of K
     quant_method: str = QUANT_METHOD
     format_version: int = FORMAT_VERSION
 
@@ -184,6 +185,11 @@ class QuantizationConfig:
             raise UserError(
                 "quantization_config: centred expected true (with quantized activations) or false, "
                 f"got {self.centred!r} with {self.activation_bits} bits"
+            )
+        if type(self.centred_keys) is not bool or (self.centred_keys and self.kv_bits == 16):
+            raise UserError(
+                "quantization_config: centred_keys expected true (with a quantized cache) or "
+                f"false, got {self.centred_keys!r} with {self.kv_bits} bits"
             )
         if any(type(t) is not int or t < 0 for t in self.prefix_token_ids):
             raise UserError("quantization_config: prefix_token_ids expected integers >= 0")
@@ -311,7 +317,7 @@ class RecipeConfig:
     r4_block_size: int = 0  # 0: the whole intermediate size
     rotate: bool = True
     balance: bool = True  # even out channels before they are rotated (`prefixquant.balance`)
-    centre: bool = True  # take the mean out of quantized activations (`prefixquant.centre`)
+    centre: bool = True  # take means out of activations, K and V (`prefixquant.centre`)
     seed: int = 0
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
@@ -343,6 +349,11 @@ class RecipeConfig:
     def centred(self) -> bool:
         """Whether means are taken out: only quantized activations gain by it."""
         return self.centre and self.scheme.activation_bits < 16
+
+    @property
+    def centred_keys(self) -> bool:
+        """Whether the mean of the keys is taken out of the cache too."""
+        return self.centred and self.scheme.kv_bits < 16
 
     @property
     def stored_outlier_fraction(self) -> float:

@@ -21,6 +21,7 @@ def make_decoder(
     *,
     balance: bool,
     centre: bool,
+    centre_keys: bool,
     eta: float,
     device: torch.device | str = "cpu",
 ) -> FloatDecoder:
@@ -29,13 +30,14 @@ def make_decoder(
 
     Args:
         samples: int64 [n, T].
+        centre_keys: whether centring takes the keys too.
         eta: of the outlier scan: tokens that stand out do not count (`Counted`).
     """
     samples = samples[:SAMPLES]
 
-    def measured(measure, decoder: FloatDecoder) -> list:
+    def measured(measure, decoder: FloatDecoder, **options) -> list:
         counted = Counted(samples.shape, len(prefix), eta, decoder.device)
-        return measure(decoder, samples, prefix, counted)
+        return measure(decoder, samples, prefix, counted, **options)
 
     scales = means = None
     if balance and plan.rotations.r4:
@@ -43,5 +45,5 @@ def make_decoder(
         scales = measured(measure_balance, plain)
     if centre:
         uncentred = FloatDecoder(model, plan, device=device, balance=scales)
-        means = measured(measure_centre, uncentred)
+        means = measured(measure_centre, uncentred, keys=centre_keys)
     return FloatDecoder(model, plan, device=device, balance=scales, centre=means)

@@ -3,7 +3,8 @@
 
 The integers are those of the checkpoint, packed as ``pack-quantized`` wants them: int32 words of
 32 / b values, value i at bits b i, unsigned with an offset of 2^(b-1). Activations and K/V are then
-16-bit, so the prefix has nothing to do and is left out, and so is R3, which cancels in q k^T. R1
+16-bit, so the prefix has nothing to do and is left out, and so are R3, which cancels in q k^T, and
+the shift of the keys, which changes no softmax. R1
 and R2 are in the weights. R4 is an operation at run time that stock engines do not have: it is
 taken out of down_proj's weight, which leaves the 4-bit grid by that and is either rounded again, in
 groups of 128 columns, or kept in 16 bits. What a centred checkpoint subtracts behind its norms

@@ -61,6 +61,7 @@ def plan_report(
         activation_mode=recipe.scheme.activation_mode,
         kv_mode=recipe.scheme.kv_mode,
         centred=recipe.centred,
+        centred_keys=recipe.centred_keys,
     )
     storage = checkpoint_layout.storage(sizes, quantization)
     shape = BlockShape(geometry, rotations.r3_size, rotations.r4_size)

@@ -12,7 +12,7 @@ from prefixquant import __version__
 from prefixquant.block import PrefixKV
 from prefixquant.block_pipeline import BlockPipeline, Samples
 from prefixquant.calibrate import CalibratedBlock
-from prefixquant.checkpoint_layout import scale_tensor, shift_tensor
+from prefixquant.checkpoint_layout import KEY_SHIFT, scale_tensor, shift_tensor
 from prefixquant.config import QuantizationConfig, RecipeConfig
 from prefixquant.decoder import FloatDecoder, compute_device
 from prefixquant.decoder_setup import make_decoder
@@ -86,6 +86,7 @@ def quantize(
         search.prefix,
         balance=recipe.balance,
         centre=recipe.centred,
+        centre_keys=recipe.centred_keys,
         eta=recipe.eta,
         device=device,
     )
@@ -129,6 +130,7 @@ def quantize(
         activation_mode=recipe.scheme.activation_mode,
         kv_mode=recipe.scheme.kv_mode,
         centred=recipe.centred,
+        centred_keys=recipe.centred_keys,
     )
     return QuantizedModel(packer.tensors, quantization, report)
 
@@ -214,9 +216,12 @@ class _Packer:
         for point, scale in block.scales.activations.items():
             tensor = scale_tensor(roles.point_scales[point], block.scales.activation_mode)
             self.put(f"{name}.{tensor}", scale, torch.float32)
-        for point, shift in block.simulated.shifts.items():
-            self.put(f"{name}.{shift_tensor(roles.point_scales[point])}", shift, self.dtype)
         attention = f"{name}.{roles.attention}"
+        for point, shift in block.simulated.shifts.items():
+            if point == "k":
+                self.put(f"{attention}.{KEY_SHIFT}", shift, torch.float32)
+            else:
+                self.put(f"{name}.{shift_tensor(roles.point_scales[point])}", shift, self.dtype)
         for part in ("k", "v"):
             scale = getattr(block.scales, part)
             if scale is not None:

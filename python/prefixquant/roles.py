@@ -143,8 +143,8 @@ def model_geometry(config) -> Geometry:
 class BlockWeights:
     """The float weights of one block: W [N, K], bias [N] or None per linear, norms [C] or [D].
 
-    ``shifts``: "qkv" and "gate_up" -> [C], what is subtracted behind the norm
-    (`prefixquant.centre`).
+    ``shifts`` (`prefixquant.centre`): "qkv" and "gate_up" -> [C], what is subtracted behind the
+    norm; "k" -> [H_kv, D], what is subtracted from the keys behind RoPE and R3.
     """
 
     weights: dict[str, Tensor]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prefixquant.block import BlockScales, BlockShape, PrefixKV, block_forward, rms_norm
 from prefixquant.checkpoint import read_checkpoint
-from prefixquant.checkpoint_layout import scale_tensor, shift_tensor
+from prefixquant.checkpoint_layout import KEY_SHIFT, scale_tensor, shift_tensor
 from prefixquant.packing import unpack_weight
 from prefixquant.roles import BlockWeights, model_geometry, model_roles
 
@@ -63,10 +63,11 @@ class SimulatedModel:
         if roles.qk_norm:
             norms += [f"{roles.attention}.q_norm", f"{roles.attention}.k_norm"]
         block = BlockWeights(weights, biases, *(self._float(f"{name}.{n}.weight") for n in norms))
-        for point, scale in roles.point_scales.items():
-            shift = f"{name}.{shift_tensor(scale)}"
-            if shift in self.tensors:
-                block.shifts[point] = self._float(shift)
+        shifts = {point: shift_tensor(scale) for point, scale in roles.point_scales.items()}
+        shifts["k"] = f"{roles.attention}.{KEY_SHIFT}"
+        for point, shift in shifts.items():
+            if f"{name}.{shift}" in self.tensors:
+                block.shifts[point] = self._float(f"{name}.{shift}")
 
         scheme = self.quantization.scheme
         scales = BlockScales(

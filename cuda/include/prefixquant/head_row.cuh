@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// One head of one token in a warp: load, RMSNorm, RoPE, Hadamard, quantize, store. Every float32
-// operation is rounded on its own and in the order of the CPU kernels, so results agree bit for
-// bit.
+// One head of one token in a warp: load, RMSNorm, RoPE, Hadamard, shift, quantize, store. Every
+// float32 operation is rounded on its own and in the order of the CPU kernels, so results agree bit
+// for bit.
 //
 // Two forms with the same members: RegisterRow<kDim> (64, 128, 256; a lane holds kDim / 32
 // consecutive channels, partners meet by shuffles) and SharedRow (any even D; lanes stride over a
@@ -144,6 +144,12 @@ struct RegisterRow {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) x[i] = __fmul_rn(x[i], rotation.factor);
   }
+  __device__ __forceinline__ void subtract(const float* shift) {
+    float lanes[kPerLane];
+    take_floats(lanes, shift);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) x[i] = __fsub_rn(x[i], lanes[i]);
+  }
   template <typename T>
   __device__ __forceinline__ void store(T* to) const {
     alignas(16) T y[kPerLane];
@@ -265,6 +271,10 @@ struct SharedRow {
       __syncwarp();
     }
     for (int i = lane; i < dim; i += 32) x[i] = __fmul_rn(x[i], rotation.factor);
+    __syncwarp();
+  }
+  __device__ __forceinline__ void subtract(const float* shift) {
+    for (int i = lane; i < dim; i += 32) x[i] = __fsub_rn(x[i], shift[i]);
     __syncwarp();
   }
   // y = the k part of x where its sums are those of integers (hadamard_integer.cuh). Head

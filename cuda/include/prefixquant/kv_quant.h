@@ -2,7 +2,8 @@
 //
 // Rows [B, H, T, D] of floats <-> rows of a KV cache on the GPU: host interface.
 //
-//   quantize:   q = clamp(rint(R x * (1 / scale[h])))   R a Hadamard over D or nothing
+//   quantize:   q = clamp(rint((R x - shift[h]) * (1 / scale[h])))   R a Hadamard over D or
+//               nothing, shift 0 where it is absent
 //   dequantize: y = round(float(q) * scale[h])          16-bit caches: y = the row itself
 #pragma once
 
@@ -33,7 +34,8 @@ struct KvRowsParams {
 
   const int8_t* signs = nullptr;  // quantize: the k part of the Hadamard, [sign_size, sign_size]
   int sign_size = 1;
-  int rotation_size = 1;  // D, or 1: none
+  int rotation_size = 1;         // D, or 1: none
+  const float* shift = nullptr;  // quantize: [H, D] or nullptr
 
   int batch = 0;
   int heads = 0;

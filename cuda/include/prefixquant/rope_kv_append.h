@@ -6,8 +6,9 @@
 //   y = (x * rstd) * weight            optional RMSNorm; rstd = float(1 / sqrt(mean(x^2) + eps))
 //   y = y * cos[p] + (-y[D/2:], y[:D/2]) * sin[p]      p = positions[t]
 //   y = R3 y                                           optional Hadamard over D
-// q is rounded to its dtype; k and v (as projected) become clamp(rint(y * (1 / scale[head]))) or
-// are rounded, and go to row slots[t] of the cache; slots below 0 are not written.
+// q is rounded to its dtype; k less its shift (optional) and v (as projected) become
+// clamp(rint(y * (1 / scale[head]))) or are rounded, and go to row slots[t] of the cache; slots
+// below 0 are not written.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -36,6 +37,7 @@ struct RopeKvAppendParams {
   int sign_size = 1;
   int rotation_size = 1;  // D, or 1: no rotation
 
+  const float* k_shift = nullptr;  // [Hkv, D] or nullptr
   const float* k_scale = nullptr;  // [Hkv], nullptr at 16 bits
   const float* v_scale = nullptr;
   KvDtype cache_dtype = KvDtype::kInt4;

@@ -14,10 +14,12 @@ _FIRST_CAPACITY = 64  # tokens; the buffers double from here
 
 
 class KVQuantizer(FixedDtypeModule):
-    """The static KV quantization of one attention: scales per KV head, R3, and the prefix K/V.
+    """The static KV quantization of one attention: scales per KV head, R3, what is taken from the
+    keys behind it, and the prefix K/V.
 
-    Buffers: ``k_scale``, ``v_scale`` float32 [H_kv] (absent at 16 bits), ``prefix_key``,
-    ``prefix_value`` 16-bit [H_kv, P, D], keys after RoPE and R3.
+    Buffers: ``k_scale``, ``v_scale`` float32 [H_kv] (absent at 16 bits), ``k_shift`` float32
+    [H_kv, D] or absent, ``prefix_key``, ``prefix_value`` 16-bit [H_kv, P, D], keys after RoPE, R3
+    and the shift.
     """
 
     def __init__(
@@ -28,12 +30,14 @@ class KVQuantizer(FixedDtypeModule):
         prefix_key: Tensor,
         prefix_value: Tensor,
         rotation: Rotation,
+        k_shift: Tensor | None = None,
     ):
         super().__init__(torch.float32, prefix_key.device)
         self.bits = bits
         self.rotation = rotation
         self.register_buffer("k_scale", k_scale)
         self.register_buffer("v_scale", v_scale)
+        self.register_buffer("k_shift", k_shift)
         self.register_buffer("prefix_key", prefix_key)
         self.register_buffer("prefix_value", prefix_value)
 
@@ -45,19 +49,28 @@ class KVQuantizer(FixedDtypeModule):
         """Quantizes key and value [B, H_kv, T, D] into rows position.. of the cache's buffers."""
         rotation = self.rotation
         ops.kv_append(
-            key, self.k_scale, self.bits, rotation.signs, rotation.size, cache.key, position
+            key,
+            self.k_scale,
+            self.bits,
+            rotation.signs,
+            rotation.size,
+            cache.key,
+            position,
+            self.k_shift,
         )
         ops.kv_append(value, self.v_scale, self.bits, None, 1, cache.value, position)
 
     def quantize(self, key: Tensor, value: Tensor) -> "PackedKV":
         rotation = self.rotation
         return PackedKV(
-            ops.kv_quantize(key, self.k_scale, self.bits, rotation.signs, rotation.size),
+            ops.kv_quantize(
+                key, self.k_scale, self.bits, rotation.signs, rotation.size, self.k_shift
+            ),
             ops.kv_quantize(value, self.v_scale, self.bits),
         )
 
     def dequantize(self, packed: "PackedKV", dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[B, H_kv, S, D] keys (rotated by R3) and values."""
+        """[B, H_kv, S, D] keys (rotated by R3, less their shift) and values."""
         return (
             ops.kv_dequantize(packed.key, self.k_scale, self.bits, dtype),
             ops.kv_dequantize(packed.value, self.v_scale, self.bits, dtype),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prefixquant import _C
 from prefixquant.checkpoint import CONFIG_NAME, Checkpoint, read_checkpoint
-from prefixquant.checkpoint_layout import scale_tensor, shift_tensor, short
+from prefixquant.checkpoint_layout import KEY_SHIFT, scale_tensor, shift_tensor, short
 from prefixquant.config import Scheme
 from prefixquant.dtypes import usual_dtype
 from prefixquant.errors import CheckpointError, UserError
@@ -170,9 +170,7 @@ class _Builder:
     def tensor(self, name: str) -> Tensor:
         return self.tensors[name].to(self.device)
 
-    def shift(self, scale: str) -> Tensor | None:
-        """What is subtracted at the activation point of a scale."""
-        name = shift_tensor(scale)
+    def optional(self, name: str) -> Tensor | None:
         return self.tensor(name) if name in self.tensors else None
 
     def linear(self, block: str, *linear_roles: str) -> QuantLinear:
@@ -213,7 +211,7 @@ class _Builder:
         weight = self.tensor(f"{name}.weight")
         eps = self.config.rms_norm_eps
         static = self.scheme.activation_bits < 16 and self.scheme.activation_mode == "static"
-        shift = None if scale is None else self.shift(scale)
+        shift = None if scale is None else self.optional(shift_tensor(scale))
         if scale is None or not static:
             return RMSNorm(weight, eps, self.dtype, self.stored_dtype, shift)
         return QuantRMSNorm(weight, eps, self.tensor(scale), self.scheme.activation_bits, shift)
@@ -246,6 +244,7 @@ class _Builder:
             self.tensor(f"{name}.v_scale") if bits < 16 else None,
             *prefix,
             self.r3,
+            self.optional(f"{name}.{KEY_SHIFT}"),
         )
 
     def fill_ends(self, model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 """Tensor parallelism: each rank holds the heads and the channels that are its own.
 
 q, k, v, gate and up are cut by output channels, o_proj and down_proj by input channels; the sums of
-these two are added up across ranks. K/V scales and the prefix are cut by KV head. Static scales of
+these two are added up across ranks. K/V scales, shifts and the prefix are cut by KV head. Static scales of
 activations are one per tensor and need no maximum across ranks. R4 mixes channels, so its blocks
 must fit a rank's part: quantize with ``--r4-block-size``.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixquant.checkpoint import Checkpoint
+from prefixquant.checkpoint_layout import KEY_SHIFT
 from prefixquant.errors import UserError
 from prefixquant.roles import Roles
 
@@ -68,7 +69,7 @@ class ShardedTensors(Mapping[str, Tensor]):
                 self._dims[f"{roles.linears[role]}.{part}"] = 0
         for role in _BY_INPUT:
             self._dims[f"{roles.linears[role]}.weight_packed"] = 1
-        for part in ("k_scale", "v_scale", "prefix_key", "prefix_value"):
+        for part in ("k_scale", "v_scale", KEY_SHIFT, "prefix_key", "prefix_value"):
             self._dims[f"{roles.attention}.{part}"] = 0
         # A bias of summed linears is added once.
         self._once = {f"{roles.linears[role]}.bias" for role in _BY_INPUT} if shard.rank else set()

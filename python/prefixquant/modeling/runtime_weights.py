@@ -85,6 +85,7 @@ def _block(block: nn.Module, roles: Roles, dtype: torch.dtype) -> Block:
         qkv=_stacked([block.get_submodule(roles.linears[role]) for role in ("q", "k", "v")]),
         q_norm=q_norm,
         k_norm=k_norm,
+        k_shift=kv.k_shift,
         k_scale=kv.k_scale,
         v_scale=kv.v_scale,
         prefix_key=kv.prefix_key,

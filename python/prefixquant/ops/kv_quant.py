@@ -19,11 +19,22 @@ def _last_contiguous(x: Tensor) -> Tensor:
 
 
 def _kv_quantize_cpu(
-    x: Tensor, scale: Tensor, bits: int, signs: Tensor | None, block_size: int
+    x: Tensor,
+    scale: Tensor,
+    bits: int,
+    signs: Tensor | None,
+    block_size: int,
+    shift: Tensor | None = None,
 ) -> Tensor:
     q = _quantized(x, bits)
     _C.kv_quantize(
-        x=_last_contiguous(x), scale=scale, bits=bits, signs=signs, block_size=block_size, q=q
+        x=_last_contiguous(x),
+        scale=scale,
+        bits=bits,
+        signs=signs,
+        block_size=block_size,
+        shift=shift,
+        q=q,
     )
     return q
 
@@ -36,6 +47,7 @@ def _kv_append_cpu(
     block_size: int,
     cache: Tensor,
     position: int,
+    shift: Tensor | None = None,
 ) -> None:
     _C.kv_append(
         x=_last_contiguous(x),
@@ -43,6 +55,7 @@ def _kv_append_cpu(
         bits=bits,
         signs=signs,
         block_size=block_size,
+        shift=shift,
         cache=cache,
         position=position,
     )
@@ -60,14 +73,15 @@ def _kv_dequantize_cpu(q: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) 
 
 
 _kv_quantize = define(
-    "kv_quantize(Tensor x, Tensor scale, int bits, Tensor? signs, int block_size) -> Tensor",
-    fake=lambda x, scale, bits, signs, block_size: _quantized(x, bits),
+    "kv_quantize(Tensor x, Tensor scale, int bits, Tensor? signs, int block_size, "
+    "Tensor? shift=None) -> Tensor",
+    fake=lambda x, scale, bits, signs, block_size, shift=None: _quantized(x, bits),
     cpu=_kv_quantize_cpu,
 )
 _kv_append = define(
     "kv_append(Tensor x, Tensor scale, int bits, Tensor? signs, int block_size, "
-    "Tensor(a!) cache, int position) -> ()",
-    fake=lambda x, scale, bits, signs, block_size, cache, position: None,
+    "Tensor(a!) cache, int position, Tensor? shift=None) -> ()",
+    fake=lambda x, scale, bits, signs, block_size, cache, position, shift=None: None,
     cpu=_kv_append_cpu,
 )
 _kv_dequantize = define(
@@ -83,14 +97,17 @@ def kv_quantize(
     bits: int,
     signs: Tensor | None = None,
     block_size: int = 1,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """``q = clamp(rint(H x * (1/scale[h])))`` for keys or values, packed when ``bits`` is 4.
+    """``q = clamp(rint((H x - shift[h]) * (1/scale[h])))`` for keys or values, packed when ``bits``
+    is 4.
 
     Args:
         x: float32, bfloat16 or float16 [B, H, T, D], any strides.
         scale: float32 [H].
         bits: 4 or 8.
         signs, block_size: the Hadamard over D as for `hadamard`, block_size = D; 1 leaves it out.
+        shift: float32 [H, D]; None: nothing is subtracted.
 
     Returns:
         uint8 [B, H, T, D/2], low nibble = even index, for 4 bits; int8 [B, H, T, D] for 8.
@@ -98,7 +115,7 @@ def kv_quantize(
     Raises:
         ValueError: a wrong dtype, rank, size, sign or ``bits``.
     """
-    return _kv_quantize(x, scale, bits, signs, block_size)
+    return _kv_quantize(x, scale, bits, signs, block_size, shift)
 
 
 def kv_append(
@@ -109,18 +126,19 @@ def kv_append(
     block_size: int,
     cache: Tensor,
     position: int,
+    shift: Tensor | None = None,
 ) -> None:
     """``cache[:, :, position : position + T] = kv_quantize(x, ...)``, in place.
 
     Args:
-        x, scale, bits, signs, block_size: as for `kv_quantize`.
+        x, scale, bits, signs, block_size, shift: as for `kv_quantize`.
         cache: uint8 [B, H, S, D/2] or int8 [B, H, S, D], the last dimension contiguous.
         position: the first row written; position + T <= S.
 
     Raises:
         ValueError: a wrong dtype, rank, size, sign, ``bits`` or ``position``.
     """
-    _kv_append(x, scale, bits, signs, block_size, cache, position)
+    _kv_append(x, scale, bits, signs, block_size, cache, position, shift)
 
 
 def kv_dequantize(q: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

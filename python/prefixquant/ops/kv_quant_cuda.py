@@ -16,6 +16,7 @@ def _write(
     bits: int,
     signs: Tensor | None,
     block_size: int,
+    shift: Tensor | None,
     cache: Tensor,
     position: int,
 ) -> None:
@@ -27,6 +28,7 @@ def _write(
             bits=bits,
             signs=signs,
             block_size=block_size,
+            shift=shift,
             cache=cache,
             position=position,
             stream=stream_of(x),
@@ -34,10 +36,15 @@ def _write(
 
 
 def _kv_quantize(
-    x: Tensor, scale: Tensor, bits: int, signs: Tensor | None, block_size: int
+    x: Tensor,
+    scale: Tensor,
+    bits: int,
+    signs: Tensor | None,
+    block_size: int,
+    shift: Tensor | None = None,
 ) -> Tensor:
     q = _quantized(x, bits)
-    _write("kv_quantize", x, scale, bits, signs, block_size, q, 0)
+    _write("kv_quantize", x, scale, bits, signs, block_size, shift, q, 0)
     return q
 
 
@@ -49,8 +56,9 @@ def _kv_append(
     block_size: int,
     cache: Tensor,
     position: int,
+    shift: Tensor | None = None,
 ) -> None:
-    _write("kv_append", x, scale, bits, signs, block_size, cache, position)
+    _write("kv_append", x, scale, bits, signs, block_size, shift, cache, position)
 
 
 def dequantized_rows(

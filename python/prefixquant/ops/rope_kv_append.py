@@ -28,6 +28,7 @@ class RopeKvAppendArguments(NamedTuple):
     eps: float
     signs: Tensor | None
     rotation_size: int
+    k_shift: Tensor | None
     k_scale: Tensor | None
     v_scale: Tensor | None
     kv_bits: int
@@ -51,8 +52,8 @@ def _run_rope_kv_append(*arguments) -> Tensor:
 
 _rope_kv_append = define_on_every_device(
     "rope_kv_append(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor? q_norm,"
-    " Tensor? k_norm, float eps, Tensor? signs, int rotation_size, Tensor? k_scale,"
-    " Tensor? v_scale, int kv_bits, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots,"
+    " Tensor? k_norm, float eps, Tensor? signs, int rotation_size, Tensor? k_shift,"
+    " Tensor? k_scale, Tensor? v_scale, int kv_bits, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots,"
     " int heads) -> Tensor",
     fake=_rope_kv_append_fake,
     run=_run_rope_kv_append,
@@ -69,6 +70,7 @@ def rope_kv_append(
     eps: float,
     signs: Tensor | None,
     rotation_size: int,
+    k_shift: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     kv_bits: int,
@@ -77,7 +79,8 @@ def rope_kv_append(
     slots: Tensor,
     heads: int,
 ) -> Tensor:
-    """``q = R3 rope(norm(q))`` returned; ``R3 rope(norm(k))`` and ``v`` written to the cache.
+    """``q = R3 rope(norm(q))`` returned; ``R3 rope(norm(k)) - k_shift`` and ``v`` written to the
+    cache.
 
     ::
 
@@ -97,6 +100,8 @@ def rope_kv_append(
         q_norm, k_norm: floating [D] RMSNorm weights, or both None.
         eps: of the norms, 0 or more.
         signs, rotation_size: the Hadamard over D as for `hadamard`, rotation_size = D; 1: none.
+        k_shift: float32 [Hkv, D], taken from every key of a head, which changes no softmax over
+            keys that it was taken from (`prefixquant.centre`); None: nothing is.
         k_scale, v_scale: float32 [Hkv]; None at 16 bits.
         kv_bits: 4, 8 or 16.
         k_cache, v_cache: [pages, Hkv, page_size, D/2] uint8 at 4 bits (low nibble = even index),
@@ -122,6 +127,7 @@ def rope_kv_append(
         eps,
         signs,
         rotation_size,
+        k_shift,
         k_scale,
         v_scale,
         kv_bits,

@@ -70,6 +70,7 @@ class CpuStep:
                 attention=(
                     block.q_norm,
                     block.k_norm,
+                    block.k_shift,
                     block.k_scale,
                     block.v_scale,
                     block.prefix_key,

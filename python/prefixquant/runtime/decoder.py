@@ -221,6 +221,7 @@ class Decoder:
             weights.geometry.eps,
             r3.signs,
             r3.size,
+            block.k_shift,
             block.k_scale,
             block.v_scale,
             weights.kv_bits,

@@ -155,6 +155,7 @@ class _Maker:
             qkv=qkv,
             q_norm=norm,
             k_norm=norm,
+            k_shift=self.normal(g.kv_heads, g.head_dim).float() / 8 if quantized else None,
             k_scale=self.full((g.kv_heads,), 3.0, self.scheme.kv_bits) if quantized else None,
             v_scale=self.full((g.kv_heads,), 3.0, self.scheme.kv_bits) if quantized else None,
             prefix_key=self.normal(g.kv_heads, self.prefix, g.head_dim),

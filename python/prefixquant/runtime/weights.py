@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prefixquant import _C, ops
 from prefixquant.checkpoint import Checkpoint, read_checkpoint
-from prefixquant.checkpoint_layout import shift_tensor
+from prefixquant.checkpoint_layout import KEY_SHIFT, shift_tensor
 from prefixquant.dtypes import usual_dtype
 from prefixquant.errors import UnsupportedModelError, UserError
 from prefixquant.hadamard import hadamard_signs, split_size
@@ -78,9 +78,10 @@ class Block:
     qkv: Linear  # rows of q, then k, then v
     q_norm: Tensor | None  # [D], Qwen3
     k_norm: Tensor | None
+    k_shift: Tensor | None  # float32 [Hkv, D], taken from the rotated keys
     k_scale: Tensor | None  # float32 [Hkv]; None at 16 bits
     v_scale: Tensor | None
-    prefix_key: Tensor  # 16-bit [Hkv, P, D], after RoPE and R3
+    prefix_key: Tensor  # 16-bit [Hkv, P, D], after RoPE, R3 and the shift
     prefix_value: Tensor
     o: Linear
     post_norm: Norm
@@ -224,6 +225,9 @@ class _Reader:
     def tensor(self, name: str) -> Tensor:
         return self.tensors[name].to(self.device)
 
+    def optional(self, name: str) -> Tensor | None:
+        return self.tensor(name) if name in self.tensors else None
+
     def weights(self, head_bits: int) -> Weights:
         roles, rotations = self.roles, self.rotations
         final_norm = self.tensor(f"{roles.final_norm}.weight").to(self.dtype)
@@ -249,6 +253,7 @@ class _Reader:
             qkv=self.linear(name, "q", "k", "v"),
             q_norm=self.head_norm(f"{attention}.q_norm.weight"),
             k_norm=self.head_norm(f"{attention}.k_norm.weight"),
+            k_shift=self.optional(f"{attention}.{KEY_SHIFT}"),
             k_scale=self.tensor(f"{attention}.k_scale") if quantized else None,
             v_scale=self.tensor(f"{attention}.v_scale") if quantized else None,
             prefix_key=self.prefix(f"{attention}.prefix_key"),
@@ -288,8 +293,7 @@ class _Reader:
         )
 
     def shift(self, block: str, point: str) -> Tensor | None:
-        name = f"{block}.{shift_tensor(self.roles.point_scales[point])}"
-        return self.tensor(name) if name in self.tensors else None
+        return self.optional(f"{block}.{shift_tensor(self.roles.point_scales[point])}")
 
     def head_norm(self, name: str) -> Tensor | None:
         return self.tensor(name).to(self.dtype) if self.roles.qk_norm else None
