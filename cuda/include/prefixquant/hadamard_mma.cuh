@@ -93,11 +93,10 @@ struct BlockOrigin {
 
 // ---- 1: butterflies ----
 
-// Rows 4 group .. + 3 and columns 8 chunk .. + 7 of a block [rows, kPow2]; a warp has all columns
-// of its rows, and all its lanes shuffle.
+// Rows 4 group .. + 3 and columns 8 chunk .. + 7 of a block [rows, kPow2].
 template <bool kSwiglu, int kPow2>
-__device__ __forceinline__ void transform_group(const HadamardMmaArgs& p, const BlockOrigin& origin,
-                                                int group, int chunk, float (&v)[4][8]) {
+__device__ __forceinline__ void load_group(const HadamardMmaArgs& p, const BlockOrigin& origin,
+                                           int group, int chunk, float (&v)[4][8]) {
   const uint32_t at = 4 * group * kPow2 + 8 * chunk;
   const uint16_t* const x = p.x + origin.x_at + at;
   const uint16_t* const up = p.up + origin.up_at + at;
@@ -105,6 +104,19 @@ __device__ __forceinline__ void transform_group(const HadamardMmaArgs& p, const 
 #pragma unroll
   for (int j = 0; j < 4; ++j) raw.load(j, x + j * kPow2, up + j * kPow2);
   raw.values(p.is_bfloat16, v);
+}
+
+// A task beyond the block repeats one in it: all lanes shuffle, and the maximum does not notice.
+template <bool kSwiglu, typename Shape>
+__device__ __forceinline__ void load_task(const HadamardMmaArgs& p, const BlockOrigin& origin,
+                                          int task, float (&v)[4][8]) {
+  load_group<kSwiglu, Shape::kPow2>(p, origin, min(task / Shape::kChunks, p.k / 4 - 1),
+                                    task % Shape::kChunks, v);
+}
+
+// A warp has all columns of its rows, and all its lanes shuffle.
+template <int kPow2>
+__device__ __forceinline__ void transform_columns(float (&v)[4][8]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -117,14 +129,6 @@ __device__ __forceinline__ void transform_group(const HadamardMmaArgs& p, const 
   butterflies_between_lanes<4>(v, lane);
   if constexpr (kPow2 >= 128) butterflies_between_lanes<8>(v, lane);
   if constexpr (kPow2 >= 256) butterflies_between_lanes<16>(v, lane);
-}
-
-// A task beyond the block repeats one in it: all lanes shuffle, and the maximum does not notice.
-template <bool kSwiglu, typename Shape>
-__device__ __forceinline__ void transform_task(const HadamardMmaArgs& p, const BlockOrigin& origin,
-                                               int task, float (&v)[4][8]) {
-  transform_group<kSwiglu, Shape::kPow2>(p, origin, min(task / Shape::kChunks, p.k / 4 - 1),
-                                         task % Shape::kChunks, v);
 }
 
 // ---- 3: planes ----
@@ -198,16 +202,13 @@ __device__ __forceinline__ void multiply(const HadamardMmaArgs& p, const uint4 (
   }
 }
 
-// Eight neighbouring results, rounded or as levels; `swapped`: the last four come first. kNumbers:
-// levels of scale_for_levels and number_scale.
+// Eight neighbouring results, rounded or as levels. kNumbers: levels of scale_for_levels and
+// number_scale.
 template <bool kNumbers>
 __device__ __forceinline__ void store_eight(const HadamardMmaArgs& p, const float (&y)[8],
-                                            const Quantizer& quantizer, int64_t at,
-                                            bool swapped = false) {
+                                            const Quantizer& quantizer, int64_t at) {
   if (p.scaling != RowScale::kNone) {
-    const uint2 levels = quantize8<kNumbers>(y, quantizer);
-    *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.out) + at) =
-        swapped ? make_uint2(levels.y, levels.x) : levels;
+    *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.out) + at) = quantize8<kNumbers>(y, quantizer);
     return;
   }
   uint4 words;
@@ -220,8 +221,7 @@ __device__ __forceinline__ void store_eight(const HadamardMmaArgs& p, const floa
     from_floats(y, raw);
     words = raw.words[0];
   }
-  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + at) =
-      swapped ? make_uint4(words.z, words.w, words.x, words.y) : words;
+  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + at) = words;
 }
 
 // All columns of this warp's tile; `largest` collects the magnitudes where `maximum`, otherwise the
@@ -308,7 +308,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
 #pragma unroll
     for (int i = 0; i < Shape::kTasks; ++i) {
       const int task = threadIdx.x + i * Shape::kThreads;
-      transform_task<kSwiglu, Shape>(p, origin, task, v[i]);
+      load_task<kSwiglu, Shape>(p, origin, task, v[i]);
+      transform_columns<Shape::kPow2>(v[i]);
 #pragma unroll
       for (int e = 0; e < 32; ++e) largest = larger_magnitude(largest, v[i][e / 8][e % 8]);
     }

@@ -176,9 +176,9 @@ __device__ __forceinline__ void store_pair_planes(const WgmmaPair& pair, const I
   const int first_core =
       to == pair.rank ? Shape::first_core(pair.rank) : Shape::sent_core(pair.rank, to);
   char* const base = hadamard_mma_smem() + Shape::kSignBytes +
-                     (first_core + group / 4) * Shape::kCoreBytes + chunk / 4 * 4 * 128 +
-                     chunk % 4 * 32 + (group % 4 ^ Shape::word_order(chunk / 8, pair.rank, to)) * 4;
-  store_words(base, 16 * (chunk / 4 % 2), Shape::kPlaneBytes, scale, v);
+                     (first_core + group / 4) * Shape::kCoreBytes + chunk / 8 * 8 * 128 +
+                     chunk % 8 * 16 + (group % 4 ^ Shape::word_order(chunk / 8, pair.rank, to)) * 4;
+  store_words<Shape::kPow2>(base, Shape::kPlaneBytes, scale, v);
 }
 
 // What the other CTAs' planes lack; one thread, after a barrier behind the stores and their fences.
@@ -284,7 +284,7 @@ __device__ __forceinline__ void finish_rest(const HadamardMmaArgs& p, const Inte
     }
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
-      const int q = first + i, column = 32 * q + g / 2 * 8 + (g ^ q) % 2 * 4;
+      const int column = column_of_quad<Shape>(first + i) + 4 * g;
 #pragma unroll
       for (int n = 0; n < kRestTiles; ++n) {
 #pragma unroll
@@ -357,9 +357,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
       asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
       const int group = min(thread / Shape::kBlockChunks, groups - 1);
       float v[4][8];
-      transform_group<kSwiglu, Shape::kPow2>(p, BlockOrigin(p, block),
-                                             Shape::first_group(pair.rank) + group,
-                                             thread % Shape::kBlockChunks, v);
+      load_group<kSwiglu, Shape::kPow2>(p, BlockOrigin(p, block),
+                                        Shape::first_group(pair.rank) + group,
+                                        thread % Shape::kBlockChunks, v);
+      exchange_butterflies<Shape::kPow2>(v, thread % 32);
       float largest = 0.0f;
 #pragma unroll
       for (int e = 0; e < 32; ++e) largest = larger_magnitude(largest, v[e / 8][e % 8]);
@@ -376,7 +377,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     }
     if (p.scaling != RowScale::kNone) scale = scale_for_levels(scale);
     const int64_t block_at =
-        static_cast<int64_t>(block) * (Shape::kK * Shape::kPow2) + pair.rank * (8 * Shape::kChunks);
+        static_cast<int64_t>(block) * (Shape::kK * Shape::kPow2) + pair.rank * (4 * Shape::kChunks);
     const ReceivedPlanes<Shape> received{pair.received, parity};
     received.wait_if_one();
     if (warpgroup < Shape::kWarpgroups) {

@@ -60,6 +60,45 @@ __device__ __forceinline__ void butterflies_between_lanes(float (&v)[kVectors][8
   }
 }
 
+// All distances of groups of kGroup elements, 8 a lane, with half of the shuffles: of two values
+// one stays and the other is exchanged, so that each lane has the operands of a butterfly. The
+// stage before says which: it is fma(b, s, a) and fma(b, -s, a), s by the lane. So lanes take the
+// places of elements: v[..][4 h + e] becomes element kGroup / 2 h + 4 (lane of the group) + e. The
+// upper lane of a pair has b - a instead of a - b, the same rounding: see exchanged_sign.
+template <int kGroup, int kVectors>
+__device__ __forceinline__ void exchange_butterflies(float (&v)[kVectors][8], int lane) {
+  static_assert(kGroup >= 16 && kGroup <= 256, "lanes of one warp");
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    butterflies_in_vector<1>(v[i]);
+    butterflies_in_vector<2>(v[i]);
+  }
+#pragma unroll
+  for (int lanes = 1; lanes <= kGroup / 8; lanes *= 2) {
+    const bool last = lanes == kGroup / 8;
+    const float sign = !last && (lane & lanes) ? -1.0f : 1.0f;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float a = v[i][e], b = v[i][e + 4];
+        v[i][e] = __fmaf_rn(b, sign, a);
+        v[i][e + 4] = __fmaf_rn(b, -sign, a);
+        if (!last) v[i][e + 4] = __shfl_xor_sync(0xFFFFFFFFu, v[i][e + 4], lanes);
+      }
+    }
+  }
+}
+
+// The sign bit of what v[..][4 half + e] is multiplied by. The differences of stage 2^i are
+// negative in lanes with bit i, and go on to lanes with bit i + 1; those of the last stage stay.
+template <int kGroup>
+__device__ __forceinline__ uint32_t exchanged_sign(int lane, int half) {
+  constexpr int kLast = kGroup / 16;  // bit of the last stage
+  const int negative = lane & ((lane >> 1 & (kLast - 1)) | (half == 1 ? kLast : 0));
+  return static_cast<uint32_t>(__popc(negative)) << 31;
+}
+
 // Distance 256 * VECTORS elements.
 template <int VECTORS, int kVectors>
 __device__ __forceinline__ void butterflies_between_vectors(float (&v)[kVectors][8]) {

@@ -8,10 +8,11 @@
 //   and 64 columns.
 // Smem: signs [inputs, outputs] and the three planes [inputs, columns] as core matrices of 8 rows
 //   x 16 bytes: [16 inputs][8 outputs or columns][one of 8][one of 16 inputs]. Column
-//   32 q + 8 t + 4 h + e of a block is row 8 (4 q + e) + 2 t + (h ^ q % 2): a thread's accumulators
-//   are eight neighbours. The words of four inputs are in another order for each 64 columns, and so
-//   they are in a copy of the signs that these are multiplied with: the 4-byte stores of a warp,
-//   which has 256 / pow2 words for each of pow2 columns, then meet 32 banks.
+//   pow2 / 2 q + 32 part + 8 t + 4 h + e of a block is row 64 part + 8 (4 q + e) + 2 t + h: a
+//   thread's accumulators are eight neighbours for each q, and its transformed values are those of
+//   e and q (exchange_butterflies). The words of four inputs are in another order for each part,
+//   and so they are in a copy of the signs that it is multiplied with: the 4-byte stores of a warp,
+//   which has 256 / pow2 words for each of pow2 / 8 columns, then meet 32 banks.
 // Limits: pow2 of 64, 128 or 256, 64 < k <= 80 or 96 < k <= 192, a task a thread.
 #pragma once
 
@@ -72,7 +73,7 @@ __device__ __forceinline__ uint64_t wgmma_descriptor_cores(uint32_t smem, uint32
   return uint64_t{128 >> 4} << 32 | uint64_t{k_stride >> 4} << 16 | (smem & 0x3FFFF) >> 4;
 }
 
-// What the index of a word among four is combined with for columns 64 part .. + 63.
+// What the index of a word among four is combined with in the 64 columns of a part.
 template <typename Shape>
 __device__ __forceinline__ int word_order(int part) {
   return part * (4 / Shape::kCopies) % 4;
@@ -105,18 +106,28 @@ __device__ __forceinline__ void keep_sign_cores(const HadamardMmaArgs& p, int32_
   }
 }
 
-// Four inputs of a chunk of columns into the planes: the words of column 4 h + e are
-// `swapped` (0 or 16) + 16 h + 128 e bytes behind `base`, h the other half where swapped.
-__device__ __forceinline__ void store_words(char* base, int swapped, int plane_bytes,
-                                            const IntegerScale& scale, const float (&v)[4][8]) {
-  char* const halves[2] = {base + swapped, base + (16 - swapped)};
+// Four inputs, behind exchange_butterflies, into the planes: the words of columns e of q are
+// 512 q + 128 e bytes behind `base`.
+template <int kPow2>
+__device__ __forceinline__ void store_words(char* base, int plane_bytes, const IntegerScale& scale,
+                                            const float (&v)[4][8]) {
+  // Read anew: kept since the shuffles, or around the loop over the blocks, what follows from the
+  // lane would cost registers.
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  IntegerScale signed_scale[2];
+#pragma unroll
+  for (int q = 0; q < 2; ++q) {
+    signed_scale[q].to_integer =
+        __uint_as_float(__float_as_uint(scale.to_integer) ^ exchanged_sign<kPow2>(lane, q));
+  }
 #pragma unroll
   for (int c = 0; c < 8; ++c) {
     uint32_t x[4], high, middle, low;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) x[j] = offset_integer(v[j][c], scale);
+    for (int j = 0; j < 4; ++j) x[j] = offset_integer(v[j][c], signed_scale[c / 4]);
     split_in_planes(x, high, middle, low);
-    char* const to = halves[c / 4] + c % 4 * 128;
+    char* const to = base + c * 128;
     *reinterpret_cast<uint32_t*>(to) = high;
     *reinterpret_cast<uint32_t*>(to + plane_bytes) = middle;
     *reinterpret_cast<uint32_t*>(to + 2 * plane_bytes) = low;
@@ -130,9 +141,9 @@ __device__ __forceinline__ void store_plane_cores(const HadamardMmaArgs& p,
   const int group = threadIdx.x / Shape::kChunks, chunk = threadIdx.x % Shape::kChunks;
   if (4 * group >= p.k) return;
   char* const base = hadamard_mma_smem() + Shape::kSignBytes +
-                     (group / 4 * Shape::kChunks + chunk / 4 * 4) * 128 + chunk % 4 * 32 +
+                     (group / 4 * Shape::kChunks + chunk / 8 * 8) * 128 + chunk % 8 * 16 +
                      (group % 4 ^ word_order<Shape>(chunk / 8)) * 4;
-  store_words(base, 16 * (chunk / 4 % 2), Shape::kPlaneBytes, scale, v);
+  store_words<Shape::kPow2>(base, Shape::kPlaneBytes, scale, v);
 }
 
 // acc = 256 acc + starts of its rows
@@ -160,16 +171,16 @@ struct NoWait {
   __device__ __forceinline__ void operator()(int) const {}
 };
 
-// 64 outputs of tile `tile` x the columns of part `part`, each plane behind wait(plane).
+// 64 outputs of tile `tile` x the kUnit columns number `unit`, each plane behind wait(plane).
 template <typename Shape, typename Wait = NoWait>
-__device__ __forceinline__ void multiply_cores(const int32_t* row_starts, int tile, int part,
+__device__ __forceinline__ void multiply_cores(const int32_t* row_starts, int tile, int unit,
                                                int32_t (&acc)[Shape::kUnit / 2],
                                                const Wait& wait = {}) {
   const uint32_t smem = smem_address(hadamard_mma_smem());
-  const int copy = Shape::kUnit * part / 64;
+  const int copy = Shape::kUnit * unit / 64;
   const uint64_t a =
       wgmma_descriptor_cores(smem + Shape::kCopyBytes * copy + 1024 * tile, 16 * Shape::kRows);
-  const uint64_t b = wgmma_descriptor_cores(smem + Shape::kSignBytes + 16 * Shape::kUnit * part,
+  const uint64_t b = wgmma_descriptor_cores(smem + Shape::kSignBytes + 16 * Shape::kUnit * unit,
                                             128 * Shape::kChunks);
   // Defined for the compiler, without an instruction: the first product overwrites them.
 #pragma unroll
@@ -198,12 +209,18 @@ __device__ __forceinline__ void multiply_cores(const int32_t* row_starts, int ti
   }
 }
 
+// The first of the 32 columns of a block whose rows in the planes are 32 quad .. + 31.
+template <typename Shape>
+__device__ __forceinline__ int column_of_quad(int quad) {
+  return quad / 2 * 32 + quad % 2 * (Shape::kPow2 / 2);
+}
+
 // The sums of a product of 64 outputs: collected in `largest` where `maximum`, otherwise stored as
 // the block at block_at, of `outputs` outputs.
 template <typename Shape>
 __device__ __forceinline__ void finish_sums(const HadamardMmaArgs& p, const IntegerScale& scale,
                                             const Quantizer& quantizer, int outputs, int tile,
-                                            int part, int64_t block_at, bool maximum,
+                                            int unit, int64_t block_at, bool maximum,
                                             const int32_t (&acc)[Shape::kUnit / 2],
                                             float& largest) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
@@ -215,15 +232,14 @@ __device__ __forceinline__ void finish_sums(const HadamardMmaArgs& p, const Inte
       float y[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        y[i] = finished_sum(acc[4 * (4 * q + i % 4) + 2 * h + (i / 4 ^ q)], scale);
+        y[i] = finished_sum(acc[4 * (4 * q + i % 4) + 2 * h + i / 4], scale);
       }
       if (maximum) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) largest = larger_magnitude(largest, y[e]);
       } else if (row < outputs) {
-        const int column = Shape::kUnit * part + 32 * q + lane % 4 * 8;
-        store_eight<true>(p, y, quantizer, block_at + row * Shape::kPow2 + column,
-                          Shape::kUnit == 32 && part % 2 == 1);
+        const int column = column_of_quad<Shape>(Shape::kUnit / 32 * unit + q) + lane % 4 * 8;
+        store_eight<true>(p, y, quantizer, block_at + row * Shape::kPow2 + column);
       }
     }
   }
@@ -235,17 +251,17 @@ template <typename Shape>
 __device__ __forceinline__ void finish_tiles(const HadamardMmaArgs& p, const IntegerScale& scale,
                                              const int32_t* row_starts, const Quantizer& quantizer,
                                              int64_t block_at, bool maximum, float& largest) {
-  constexpr int kParts = Shape::kPow2 / Shape::kUnit, kUnits = Shape::kTiles * kParts;
+  constexpr int kUnits = Shape::kPow2 / Shape::kUnit;  // of a tile
   const int warp = threadIdx.x / 32 % 4;
   const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);
   if (warpgroup >= Shape::kWarpgroups) return;
 #pragma unroll 1
-  for (int unit = warpgroup; unit < kUnits; unit += Shape::kWarpgroups) {
-    const int tile = unit / kParts, part = unit % kParts;  // the last tile has the fewest outputs
+  for (int i = warpgroup; i < Shape::kTiles * kUnits; i += Shape::kWarpgroups) {
+    const int tile = i / kUnits, unit = i % kUnits;  // the last tile has the fewest outputs
     int32_t acc[Shape::kUnit / 2];
-    multiply_cores<Shape>(row_starts, tile, part, acc);
+    multiply_cores<Shape>(row_starts, tile, unit, acc);
     if (64 * tile + 16 * warp >= p.k) continue;  // nothing of this warp is an output
-    finish_sums<Shape>(p, scale, quantizer, p.k, tile, part, block_at, maximum, acc, largest);
+    finish_sums<Shape>(p, scale, quantizer, p.k, tile, unit, block_at, maximum, acc, largest);
   }
 }
 
@@ -307,7 +323,8 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
     IntegerScale scale;
     if (has_task) {
       float v[4][8];
-      transform_task<kSwiglu, Shape>(p, origin, threadIdx.x, v);
+      load_task<kSwiglu, Shape>(p, origin, threadIdx.x, v);
+      exchange_butterflies<Shape::kPow2>(v, threadIdx.x % 32);
       float largest = 0.0f;
 #pragma unroll
       for (int e = 0; e < 32; ++e) largest = larger_magnitude(largest, v[e / 8][e % 8]);
