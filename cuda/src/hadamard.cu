@@ -172,6 +172,7 @@ void launch_mma(const RowHadamardParams& p, const HadamardConfig& config, int ar
   HadamardMmaArgs a = begin_args<HadamardMmaArgs>(p);
   a.k = static_cast<int>(p.k);
   a.blocks = p.rows * (p.cols / p.block_size);
+  a.qmin_pair = level_pair(p.qmin), a.qmax_pair = level_pair(p.qmax);
   const int pow2 = a.block_size / a.k, tiles = (a.k + 15) / 16;
   HadamardMmaKernel kernel = nullptr;
   if (config.kernel == HadamardKernel::kWgmma) {

@@ -49,6 +49,12 @@ __device__ __forceinline__ float number_scale(float inv_scale) {
   return inv_scale == inv_scale ? fminf(fmaxf(inv_scale, -FLT_MAX), FLT_MAX) : 0.0f;
 }
 
+// Whether |sum| * factor * |inv_scale| is below `most` for all sums of k integers, rounded or not.
+__device__ __forceinline__ bool sums_are_bounded(int k, const IntegerScale& scale, float inv_scale,
+                                                 float most) {
+  return static_cast<float>(k) * 4194304.0f * scale.factor * fabsf(inv_scale) < 0.999f * most;
+}
+
 // The larger magnitude, NaN if there is one.
 __device__ __forceinline__ float larger_magnitude(float a, float b) {
   float result;

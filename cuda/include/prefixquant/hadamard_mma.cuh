@@ -30,7 +30,8 @@ namespace prefixquant {
 
 struct HadamardMmaArgs : HadamardRowArgs {
   int k;
-  int64_t blocks;  // of all rows
+  int64_t blocks;                 // of all rows
+  uint32_t qmin_pair, qmax_pair;  // level_pair
 };
 
 template <int kTiles_, int kParts_, int kTasks_>
@@ -203,12 +204,15 @@ __device__ __forceinline__ void multiply(const HadamardMmaArgs& p, const uint4 (
 }
 
 // Eight neighbouring results, rounded or as levels. kNumbers: levels of scale_for_levels and
-// number_scale.
+// number_scale; `bounded`: as quantize8_bounded wants them.
 template <bool kNumbers>
 __device__ __forceinline__ void store_eight(const HadamardMmaArgs& p, const float (&y)[8],
-                                            const Quantizer& quantizer, int64_t at) {
+                                            const Quantizer& quantizer, int64_t at,
+                                            bool bounded = false) {
   if (p.scaling != RowScale::kNone) {
-    *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.out) + at) = quantize8<kNumbers>(y, quantizer);
+    *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.out) + at) =
+        kNumbers && bounded ? quantize8_bounded(y, quantizer.inv_scale, p.qmin_pair, p.qmax_pair)
+                            : quantize8<kNumbers>(y, quantizer);
     return;
   }
   uint4 words;

@@ -224,6 +224,7 @@ __device__ __forceinline__ void finish_sums(const HadamardMmaArgs& p, const Inte
                                             const int32_t (&acc)[Shape::kUnit / 2],
                                             float& largest) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const bool bounded = sums_are_bounded(outputs, scale, quantizer.inv_scale, kBoundedLevel);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = 64 * tile + 16 * warp + 8 * h + lane / 4;
@@ -239,7 +240,7 @@ __device__ __forceinline__ void finish_sums(const HadamardMmaArgs& p, const Inte
         for (int e = 0; e < 8; ++e) largest = larger_magnitude(largest, y[e]);
       } else if (row < outputs) {
         const int column = column_of_quad<Shape>(Shape::kUnit / 32 * unit + q) + lane % 4 * 8;
-        store_eight<true>(p, y, quantizer, block_at + row * Shape::kPow2 + column);
+        store_eight<true>(p, y, quantizer, block_at + row * Shape::kPow2 + column, bounded);
       }
     }
   }

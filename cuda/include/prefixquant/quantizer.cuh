@@ -54,6 +54,30 @@ __device__ __forceinline__ uint2 quantize8(const float (&x)[8], const Quantizer&
   return make_uint2(pack_low_bytes(t[0], t[1], t[2], t[3]), pack_low_bytes(t[4], t[5], t[6], t[7]));
 }
 
+// A level twice, in 16 bits.
+constexpr uint32_t level_pair(float level) {
+  return 0x10001u * static_cast<uint16_t>(static_cast<int>(level));
+}
+
+// |x * inv_scale| up to which quantize8_bounded can be used.
+inline constexpr float kBoundedLevel = 32000.0f;
+
+// quantize8 where every |x * inv_scale| is at most kBoundedLevel: rounded before they are clamped,
+// levels are 16 bits, of which one instruction clamps two. qmin, qmax: as level_pair.
+__device__ __forceinline__ uint2 quantize8_bounded(const float (&x)[8], float inv_scale,
+                                                   uint32_t qmin, uint32_t qmax) {
+  uint32_t pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float a = __fadd_rn(__fmul_rn(x[2 * i], inv_scale), kRoundMagic);
+    const float b = __fadd_rn(__fmul_rn(x[2 * i + 1], inv_scale), kRoundMagic);
+    const uint32_t pair = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x5410);
+    pairs[i] = __vmins2(__vmaxs2(pair, qmin), qmax);
+  }
+  return make_uint2(__byte_perm(pairs[0], pairs[1], 0x6420),
+                    __byte_perm(pairs[2], pairs[3], 0x6420));
+}
+
 // Eight levels as nibbles, even index low.
 __device__ __forceinline__ uint32_t pack_nibbles(uint2 levels) {
   const uint32_t a = levels.x & 0x0F0F0F0Fu, b = levels.y & 0x0F0F0F0Fu;
