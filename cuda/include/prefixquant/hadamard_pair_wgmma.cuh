@@ -351,6 +351,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     }
     IntegerScale scale;
     if (has_task) {
+      __syncwarp();  // as in hadamard_wgmma_kernel
       // A task beyond this CTA's inputs repeats one of them. Read anew, so that what follows from
       // it is not kept in registers around the loop.
       int thread;

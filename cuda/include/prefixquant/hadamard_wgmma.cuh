@@ -323,6 +323,8 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
     const BlockOrigin origin(p, block);
     IntegerScale scale;
     if (has_task) {
+      // For the compiler, which otherwise writes the shuffles once more for diverged warps.
+      __syncwarp();
       float v[4][8];
       load_task<kSwiglu, Shape>(p, origin, threadIdx.x, v);
       exchange_butterflies<Shape::kPow2>(v, threadIdx.x % 32);
