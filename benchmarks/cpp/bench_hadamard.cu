@@ -6,7 +6,8 @@
 //   bench_hadamard few [k]         fewer of them, for its slower tools
 //   bench_hadamard time            microseconds and shares of the copy bandwidth, back to back;
 //                                  for few rows also what a launch adds between two linear layers
-//   bench_hadamard sweep [k>N] [rows..]  the same for every configuration; HadamardSums::few,
+//   bench_hadamard sweep [k>N] [chosen] [b=block,..] [rows..]  the same for every configuration,
+//                                  or the chosen one, and these blocks; HadamardSums::few,
 //                                  few_thousands and HadamardPairBlock::many are from it
 //   bench_hadamard                 check on larger sizes, then time
 #include <cuda_bf16.h>
@@ -262,7 +263,9 @@ void time_all() {
   }
 }
 
-void time_sweep(int above, const std::vector<int64_t>& rows_list) {
+// blocks: ",block,..," or empty for all
+void time_sweep(int above, const std::string& blocks, bool all_configs,
+                const std::vector<int64_t>& rows_list) {
   const double copy = copy_bandwidth();
   std::printf("device copy: %.3f TB/s\n", copy * 1e-12);
   for (const Block& b : {Block{14336, 28},
@@ -284,9 +287,10 @@ void time_sweep(int above, const std::vector<int64_t>& rows_list) {
                          {9728, 76},
                          {17408, 68},
                          {27648, 108}}) {
-    if (b.k <= above) continue;
+    const std::string name = "," + std::to_string(b.block) + ",";
+    if (b.k <= above || (!blocks.empty() && blocks.find(name) == std::string::npos)) continue;
     for (const int64_t rows : rows_list) {
-      time_case({rows, b.block, b.block, b.k, true, kStatic}, kStatic, true, copy, true);
+      time_case({rows, b.block, b.block, b.k, true, kStatic}, kStatic, true, copy, all_configs);
     }
   }
 }
@@ -299,17 +303,23 @@ int main(int argc, char** argv) try {
   const std::string mode = argc > 1 ? argv[1] : "";
   if (mode == "sweep") {
     std::vector<int64_t> rows;
+    std::string blocks;
+    bool all_configs = true;
     int above = 0;
     for (int i = 2; i < argc; ++i) {
       const std::string word = argv[i];
       if (word.rfind("k>", 0) == 0) {
         above = std::stoi(word.substr(2));
+      } else if (word.rfind("b=", 0) == 0) {
+        blocks = "," + word.substr(2) + ",";
+      } else if (word == "chosen") {
+        all_configs = false;
       } else {
         rows.push_back(std::stoll(word));
       }
     }
     if (rows.empty()) rows = {1, 16, 64, 256, 1024, 4096};
-    time_sweep(above, rows);
+    time_sweep(above, blocks, all_configs, rows);
     return 0;
   }
   const int only_k = argc > 2 ? std::stoi(argv[2]) : 0;
