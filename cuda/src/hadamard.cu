@@ -244,6 +244,19 @@ void launch_generic(const RowHadamardParams& p, const HadamardConfig& config, in
   launch_dependent(hadamard_generic_kernel<T>, shape, arch, stream, p, config.group, norm_of(p));
 }
 
+// The rows from `first` on.
+RowHadamardParams rows_from(const RowHadamardParams& p, int64_t first) {
+  const int64_t bytes = p.dtype == RowDtype::kFloat32 ? 4 : 2;
+  const int64_t out_bytes = p.scaling == RowScale::kNone ? bytes : 1;
+  RowHadamardParams rest = p;
+  rest.x = static_cast<const char*>(p.x) + first * p.x_stride * bytes;
+  if (p.up) rest.up = static_cast<const char*>(p.up) + first * p.up_stride * bytes;
+  rest.out = static_cast<char*>(p.out) + first * p.cols * out_bytes;
+  if (p.row_scale) rest.row_scale = p.row_scale + first;
+  rest.rows -= first;
+  return rest;
+}
+
 // Asked once a device: it is the same for all kernels of kCluster.
 int max_cluster_of(const CurrentDevice& current) {
   if (current.arch < 90) return 1;
@@ -289,6 +302,16 @@ void launch_hadamard(const RowHadamardParams& p, const HadamardConfig& config,
                      cudaStream_t stream) {
   PQ_REQUIRE(config.grid > 0 && config.grid <= 0x7FFFFFFF,
              "hadamard: x: expected fewer than 2^31 blocks");
+  if (config.last > 0) {
+    HadamardConfig most = config;
+    most.last = 0;
+    const RowHadamardParams last = rows_from(p, p.rows - config.last);
+    RowHadamardParams first = p;
+    first.rows -= config.last;
+    launch_hadamard(first, most, stream);
+    launch_hadamard(last, stream);
+    return;
+  }
   const int arch = CurrentDevice().arch;
   switch (config.kernel) {
     case HadamardKernel::kRegisters:

@@ -73,6 +73,7 @@ struct HadamardConfig {
   int64_t grid = 1;  // CTAs; 0: the kernel cannot do this
   int64_t smem_bytes = 0;
   int threads = 256;  // of a CTA; not kRegisters and kGeneric
+  int64_t last = 0;   // rows at the end that are another launch, with a configuration of their own
 };
 
 // Where kCluster has what in a CTA's shared memory.
