@@ -250,7 +250,8 @@ HadamardConfig hadamard_wgmma_config(const RowHadamardParams& p, bool vectors,
   config.threads =
       32 * std::max<int>(static_cast<int>(warps), 4 * hadamard_wgmma_warpgroups(steps, pow2));
   const int64_t sign_bytes = 1024 * steps * steps * (pow2 / 64), plane_bytes = 32 * steps * pow2;
-  take_smem(p, device, sign_bytes + 3 * plane_bytes,
+  const int64_t staged_bytes = hadamard_wgmma_stages_x(pow2) ? 2 * p.block_size : 0;
+  take_smem(p, device, sign_bytes + 3 * plane_bytes + staged_bytes,
             hadamard_wgmma_ctas_per_sm(hadamard_wgmma_max_threads(steps, pow2)), config);
   if (config.grid > 0) config.last = rows_beyond_rounds(p, config.grid, device);
   return config;

@@ -145,6 +145,10 @@ constexpr int hadamard_wgmma_ctas_per_sm(int max_threads) {
   return max_threads == 640 ? 2 : 1024 / max_threads;
 }
 
+// Whether the x of the next block is copied to shared memory while the products of one are made:
+// where an SM holds one CTA, nothing else overlaps its loads.
+constexpr bool hadamard_wgmma_stages_x(int pow2) { return pow2 == 256; }
+
 // The blocks of kPairWgmma.
 struct HadamardPairBlock {
   int k, pow2;

@@ -12,12 +12,14 @@
 //   thread's accumulators are eight neighbours for each q, and its transformed values are those of
 //   e and q (exchange_butterflies). The words of four inputs are in another order for each part,
 //   and so they are in a copy of the signs that it is multiplied with: the 4-byte stores of a warp,
-//   which has 256 / pow2 words for each of pow2 / 8 columns, then meet 32 banks.
+//   which has 256 / pow2 words for each of pow2 / 8 columns, then meet 32 banks. With 2^m = 256,
+//   one CTA an SM, also the x of the next block, copied while this one's products are made.
 // Limits: pow2 of 64, 128 or 256, 64 < k <= 80 or 96 < k <= 192, a task a thread.
 #pragma once
 
 #include "prefixquant/hadamard_mma.cuh"
 #include "prefixquant/mbarrier.cuh"
+#include "prefixquant/tma.cuh"
 #include "prefixquant/wgmma.cuh"
 
 namespace prefixquant {
@@ -37,6 +39,7 @@ struct HadamardWgmmaShape {
   static constexpr int kCtasPerSm = hadamard_wgmma_ctas_per_sm(kMaxThreads);
   // Whether products want more warps than there are tasks, for some k.
   static constexpr bool kIdleWarps = 4 * kWarpgroups > ((8 * kSteps - 7) * kChunks + 31) / 32;
+  static constexpr bool kStagesX = hadamard_wgmma_stages_x(kPow2);
   // Columns of a product: 64 want 58 registers.
   static constexpr int kUnit = kMaxThreads * kCtasPerSm > 1024 ? 32 : 64;
 };
@@ -144,6 +147,59 @@ __device__ __forceinline__ void store_plane_cores(const HadamardMmaArgs& p,
                      (group / 4 * Shape::kChunks + chunk / 8 * 8) * 128 + chunk % 8 * 16 +
                      (group % 4 ^ word_order<Shape>(chunk / 8)) * 4;
   store_words<Shape::kPow2>(base, Shape::kPlaneBytes, scale, v);
+}
+
+// ---- x in shared memory ----
+
+template <typename Shape>
+__device__ __forceinline__ char* staged_x() {
+  return hadamard_mma_smem() + Shape::kSignBytes + 3 * Shape::kPlaneBytes;
+}
+
+// Copies the x of a block to shared memory; one thread.
+template <typename Shape>
+__device__ __forceinline__ void stage_x(const HadamardMmaArgs& p, uint32_t block,
+                                        uint32_t barrier) {
+  const uint32_t bytes = 2 * p.block_size;
+  if (block >= static_cast<uint32_t>(p.blocks)) return;
+  mbarrier_arrive_expect_tx(barrier, bytes);
+  bulk_load(smem_address(staged_x<Shape>()), p.x + BlockOrigin(p, block).x_at, bytes, barrier,
+            kL2EvictNormal);
+}
+
+// Asks for the x of a block, and for the up of the one before, in the L2 cache; one thread.
+__device__ __forceinline__ void prefetch_ahead(const HadamardMmaArgs& p, uint32_t block,
+                                               uint32_t before) {
+  if (block < static_cast<uint32_t>(p.blocks)) {
+    prefetch_l2(p.x + BlockOrigin(p, block).x_at, 2 * p.block_size);
+  }
+  if (p.up && before < static_cast<uint32_t>(p.blocks)) {
+    prefetch_l2(p.up + BlockOrigin(p, before).up_at, 2 * p.block_size);
+  }
+}
+
+// As load_task with a staged x. The loads of up are under way while it is waited for.
+template <bool kSwiglu, typename Shape>
+__device__ __forceinline__ void load_staged_task(const HadamardMmaArgs& p,
+                                                 const BlockOrigin& origin, uint32_t barrier,
+                                                 uint32_t parity, float (&v)[4][8]) {
+  const uint32_t group = min(static_cast<int>(threadIdx.x) / Shape::kChunks, p.k / 4 - 1);
+  const uint32_t at = 4 * group * Shape::kPow2 + 8 * (threadIdx.x % Shape::kChunks);
+  RawTile<kSwiglu, 4> raw;
+  if constexpr (kSwiglu) {
+    const uint16_t* const up = p.up + origin.up_at + at;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      raw.up[j] = *reinterpret_cast<const uint4*>(up + j * Shape::kPow2);
+    }
+  }
+  mbarrier_wait(barrier, parity);
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    raw.x[j] = *reinterpret_cast<const uint4*>(staged_x<Shape>() + 2 * (at + j * Shape::kPow2));
+  }
+  raw.values(p.is_bfloat16, v);
 }
 
 // acc = 256 acc + starts of its rows
@@ -297,6 +353,7 @@ __device__ __forceinline__ uint32_t wait_for_maximum(uint32_t v, uint32_t* maxim
 //     read and the write after it. Both by atomics: compute-sanitizer does not see that a warp
 //     which arrived at the first barrier without waiting there still meets the others at the
 //     second.
+//   The staged x: read before the first barrier, behind which thread 0 asks for the next one.
 //   Planes: written between the barriers. A warp arrives for the next block when its products,
 //     which read them, are done (wgmma_wait).
 template <typename Shape, bool kSwiglu>
@@ -305,14 +362,26 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
   __shared__ uint32_t maxima[32], output_maxima[Shape::kMaxThreads / 32];
   __shared__ uint32_t block_maxima[2];
   __shared__ int32_t row_starts[64 * Shape::kTiles];
-  static_assert(
-      sizeof(maxima) + sizeof(output_maxima) + sizeof(block_maxima) + sizeof(row_starts) <= 1024,
-      "kMmaStaticSmem");
+  __shared__ alignas(8) uint64_t staged_barrier;
+  static_assert(sizeof(maxima) + sizeof(output_maxima) + sizeof(block_maxima) + sizeof(row_starts) +
+                        sizeof(staged_barrier) <=
+                    1024,
+                "kMmaStaticSmem");
   grid_dependency_launch();
+  const uint32_t staged = smem_address(&staged_barrier);
+  if (Shape::kStagesX && threadIdx.x == 0) {
+    mbarrier_init(staged, 1);
+    fence_mbarrier_init();
+  }
   if (threadIdx.x < 32) maxima[threadIdx.x] = 0;
   keep_sign_cores<Shape>(p, row_starts);
   prefetch_block(p, blockIdx.x);  // L2 is where the writes of the kernel before arrive
   grid_dependency_wait();
+  if (Shape::kStagesX && threadIdx.x == 0) {
+    stage_x<Shape>(p, blockIdx.x, staged);
+    prefetch_ahead(p, blockIdx.x + gridDim.x, p.blocks);
+  }
+  __syncwarp();
   Quantizer quantizer{1.0f, p.qmin, p.qmax};
   if (p.scaling == RowScale::kStatic) quantizer.inv_scale = number_scale(__frcp_rn(*p.scale));
   // For a whole warp, whose lanes shuffle.
@@ -323,10 +392,14 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
     const BlockOrigin origin(p, block);
     IntegerScale scale;
     if (has_task) {
-      // For the compiler, which otherwise writes the shuffles once more for diverged warps.
-      __syncwarp();
       float v[4][8];
-      load_task<kSwiglu, Shape>(p, origin, threadIdx.x, v);
+      if constexpr (Shape::kStagesX) {
+        load_staged_task<kSwiglu, Shape>(p, origin, staged, parity, v);
+      } else {
+        // For the compiler, which otherwise writes the shuffles once more for diverged warps.
+        __syncwarp();
+        load_task<kSwiglu, Shape>(p, origin, threadIdx.x, v);
+      }
       exchange_butterflies<Shape::kPow2>(v, threadIdx.x % 32);
       float largest = 0.0f;
 #pragma unroll
@@ -339,6 +412,8 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
           block_maxima[parity] = bits;
         }
       }
+      // All warps have read the x of this block.
+      if (Shape::kStagesX && threadIdx.x == 0) stage_x<Shape>(p, block + gridDim.x, staged);
       scale = integer_scale(bits, p.norm);
       store_plane_cores<Shape>(p, scale, v);
     } else {
@@ -353,7 +428,12 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
       scale = integer_scale(__reduce_max_sync(0xFFFFFFFFu, bits), p.norm);
     }
     parity ^= 1;
-    prefetch_block(p, block + gridDim.x);
+    if constexpr (Shape::kStagesX) {
+      if (threadIdx.x == 0) prefetch_ahead(p, block + 2 * gridDim.x, block + gridDim.x);
+      __syncwarp();
+    } else {
+      prefetch_block(p, block + gridDim.x);
+    }
     const int64_t block_at = static_cast<int64_t>(block) * p.block_size;
     finish_block(p, origin.row, quantizer, output_maxima, [&](bool maximum, float& seen) {
       const bool levels = !maximum && p.scaling != RowScale::kNone;
