@@ -14,10 +14,11 @@
 // Grid: persistent clusters that walk over the blocks, one at a time; the next one is asked for in
 //   the L2 cache.
 // Smem: signs and planes as core matrices as in hadamard_wgmma.cuh, the planes of this CTA's
-//   columns. The inputs of each CTA begin at a multiple of 16; what lies between and behind has
-//   signs 0. Every plane is followed by what is sent of it, laid out as it arrives. The words of
-//   four inputs are in another order for each of a CTA's 64 columns and each CTA they come from:
-//   the 4-byte stores of a warp, most of which are sent, meet 32 banks.
+//   columns: 32 parts of the first half of a block, from 32 parts rank on, and of the second. The
+//   inputs of each CTA begin at a multiple of 16; what lies between and behind has signs 0. Every
+//   plane is followed by what is sent of it, laid out as it arrives. The words of four inputs are
+//   in another order for each of a CTA's 64 columns and each CTA they come from: the 4-byte stores
+//   of a warp, most of which are sent, meet 32 banks.
 // Barriers: `maximum` counts the maxima of all warps of the cluster, `received` the bytes of the
 //   other CTAs; there may be one of the latter for each plane, so that the first product need not
 //   wait for the last plane. Thread 0 announces all once a block. Every warp waits for all, in this
@@ -361,7 +362,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
       load_group<kSwiglu, Shape::kPow2>(p, BlockOrigin(p, block),
                                         Shape::first_group(pair.rank) + group,
                                         thread % Shape::kBlockChunks, v);
-      exchange_butterflies<Shape::kPow2>(v, thread % 32);
+      int lane;
+      asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+      exchange_butterflies<Shape::kPow2>(v, lane);
       float largest = 0.0f;
 #pragma unroll
       for (int e = 0; e < 32; ++e) largest = larger_magnitude(largest, v[e / 8][e % 8]);

@@ -202,6 +202,10 @@ __device__ __forceinline__ void load_staged_task(const HadamardMmaArgs& p,
   raw.values(p.is_bfloat16, v);
 }
 
+// 256, which the compiler does not know: half of the shifts between the planes are multiplications,
+// which another unit does than shifts; all warps make them at the same time.
+static __constant__ uint32_t kByteStep = 256;
+
 // acc = 256 acc + starts of its rows
 template <int kCount>
 __device__ __forceinline__ void shift_and_start(const int32_t* row_starts, int32_t (&acc)[kCount]) {
@@ -212,7 +216,7 @@ __device__ __forceinline__ void shift_and_start(const int32_t* row_starts, int32
 #pragma unroll
     for (int i = 2 * h; i < kCount; i += 4) {
       acc[i] = static_cast<int32_t>(acc[i] * 256u + start);
-      acc[i + 1] = static_cast<int32_t>(acc[i + 1] * 256u + start);
+      acc[i + 1] = static_cast<int32_t>(acc[i + 1] * kByteStep + start);
     }
   }
 }
@@ -220,7 +224,9 @@ __device__ __forceinline__ void shift_and_start(const int32_t* row_starts, int32
 template <int kCount>
 __device__ __forceinline__ void shift_left_8(int32_t (&acc)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) acc[i] = static_cast<int32_t>(acc[i] * 256u);
+  for (int i = 0; i < kCount; ++i) {
+    acc[i] = static_cast<int32_t>(acc[i] * (i % 2 == 0 ? 256u : kByteStep));
+  }
 }
 
 struct NoWait {
@@ -265,7 +271,8 @@ __device__ __forceinline__ void multiply_cores(const int32_t* row_starts, int ti
   }
 }
 
-// The first of the 32 columns of a block whose rows in the planes are 32 quad .. + 31.
+// The first of the 32 columns, of a block or behind a CTA's first, whose rows in the planes are
+// 32 quad .. + 31.
 template <typename Shape>
 __device__ __forceinline__ int column_of_quad(int quad) {
   return quad / 2 * 32 + quad % 2 * (Shape::kPow2 / 2);
