@@ -80,7 +80,7 @@ def test_strided_and_misaligned(dtype):
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_not_a_number_and_extremes(dtype):
-    for columns in (64, 111, 4096):
+    for columns in (64, 111, 576, 4096):
         check(poisoned(17, columns, dtype), None, 4)
     for factor in (0.0, 1e-30, 1e18):
         check((torch.randn(3, 576) * factor).to(dtype), None, 8)
@@ -137,7 +137,7 @@ def test_shift_strided_and_misaligned(dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("columns", [64, 111, 4096])
+@pytest.mark.parametrize("columns", [64, 111, 576, 4096])
 def test_shift_that_is_not_a_number_stays_in_its_channel(columns, dtype):
     shift = torch.randn(columns).to(dtype)
     special = {5: "nan", 40: "inf", columns - 1: "-inf"}
@@ -147,6 +147,20 @@ def test_shift_that_is_not_a_number_stays_in_its_channel(columns, dtype):
     x, scale = torch.randn(3, columns, device="cuda"), torch.tensor(0.1, device="cuda")
     q = ops.rmsnorm_quantize(x, None, EPS, scale, 4, shift=shift.cuda()).cpu()
     assert (q[:, list(special)] == torch.tensor([0, -8, 7], dtype=torch.int8)).all()
+
+
+@pytest.mark.parametrize("columns", [64, 576])
+def test_scales_and_widths_of_levels(columns):
+    """Scales up to infinity, negative, zero and none; levels of 2 to 8 bits."""
+    values = (0.02, -0.02, 1e-30, 1e-44, 0.0, 1e25, 3e38, float("inf"), float("nan"))
+    for dtype, value, bits in product(FLOAT_DTYPES, values, (2, 4, 8)):
+        x, scale = poisoned(17, columns, dtype), torch.tensor(value)
+        shift = torch.randn(columns).to(dtype)
+        q = ops.rmsnorm_quantize(x.cuda(), None, EPS, scale.cuda(), bits, shift=shift.cuda())
+        expected = reference.rmsnorm_quantize(x, None, EPS, scale, bits, shift=shift)
+        assert_bits_equal(q.cpu(), expected, f"{dtype} {value} {bits}")
+        q = ops.quantize_static(x.cuda(), scale.cuda(), bits)
+        assert_bits_equal(q.cpu(), reference.quantize_static(x, scale, bits), f"{value} {bits}")
 
 
 @pytest.mark.parametrize("columns", [111, 576, 4096])

@@ -2,8 +2,10 @@
 #include "prefixquant/rmsnorm_quant.cuh"
 
 #include <algorithm>
+#include <cmath>
 
 #include "prefixquant/launch.h"
+#include "prefixquant/rmsnorm_quant_lane.cuh"
 
 namespace prefixquant {
 namespace {
@@ -34,18 +36,36 @@ bool fits_vectors(const RowQuantParams& p) {
          aligned(p.weight, 0, 1) && aligned(p.shift, 0, 1) && aligned(p.out, 0, 1);
 }
 
+constexpr int kLaneCols = 576;  // of row_quant_lane_kernel<T, 2, 2, ...>
+
+bool channels_like_x(const RowQuantParams& p) {
+  return (!p.weight || p.weight_dtype == p.dtype) && (!p.shift || p.shift_dtype == p.dtype);
+}
+
+RowQuantSchedule schedule_of(const RowQuantParams& p) {
+  int exponent = 0;
+  const bool power =
+      std::frexp(-p.qmin, &exponent) == 0.5f && exponent <= 8 && p.qmax == -p.qmin - 1.0f;
+  return {1.0 / static_cast<double>(p.cols), true, power ? -1.0f / p.qmin : 0.0f};
+}
+
 template <typename T, bool kNormalize, RowScale kScaling>
 void launch_vectors(const RowQuantParams& p, const CurrentDevice& device, cudaStream_t stream) {
   const int vectors = static_cast<int>(p.cols / 8);
-  RowQuantSchedule schedule = {1.0 / static_cast<double>(p.cols), true};
+  RowQuantSchedule schedule = schedule_of(p);
   LaunchShape shape;
   if (vectors <= 32 * kWarpRowVectors) {
     shape.grid = (p.rows + kWarpRowsPerCta - 1) / kWarpRowsPerCta;
     shape.block = 32 * kWarpRowsPerCta;
-    const auto kernel = vectors <= 64 ? row_quant_kernel<T, 2, kNormalize, kScaling, true, 128>
-                        : vectors <= 96
-                            ? row_quant_kernel<T, 3, kNormalize, kScaling, true, 128>
-                            : row_quant_kernel<T, kWarpRowVectors, kNormalize, kScaling, true, 128>;
+    auto kernel = vectors <= 64 ? row_quant_kernel<T, 2, kNormalize, kScaling, true, 128>
+                  : vectors <= 96
+                      ? row_quant_kernel<T, 3, kNormalize, kScaling, true, 128>
+                      : row_quant_kernel<T, kWarpRowVectors, kNormalize, kScaling, true, 128>;
+    if constexpr (sizeof(T) == 2) {
+      if (p.cols == kLaneCols && channels_like_x(p)) {
+        kernel = row_quant_lane_kernel<T, 2, 2, kNormalize, kScaling>;
+      }
+    }
     const int64_t wave = int64_t{kWaveCtas} * device.sm_count;
     schedule.launch_early = shape.grid > wave;
     // Where one wave fills the SMs, CTAs of the next such kernel would take places beside its own,
@@ -77,8 +97,8 @@ void launch_typed(const RowQuantParams& p, const CurrentDevice& device, cudaStre
     LaunchShape shape;
     shape.grid = p.rows;
     shape.block = 256;
-    const RowQuantSchedule schedule = {1.0 / static_cast<double>(p.cols), true};
-    return launch_dependent(row_quant_scalar_kernel<T>, shape, device.arch, stream, p, schedule);
+    return launch_dependent(row_quant_scalar_kernel<T>, shape, device.arch, stream, p,
+                            schedule_of(p));
   }
   switch (p.scaling) {
     case RowScale::kNone:

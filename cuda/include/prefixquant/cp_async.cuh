@@ -47,6 +47,14 @@ __device__ __forceinline__ float load_constant_float(const float* address) {
   return value;
 }
 
+// A float that an earlier kernel may have written: ptxas moves a load_constant_float above a
+// grid_dependency_wait.
+__device__ __forceinline__ float load_float(const float* address) {
+  float value;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -84,6 +84,42 @@ __device__ __forceinline__ uint32_t pack_nibbles(uint2 levels) {
   return __byte_perm(a | (a >> 4), b | (b >> 4), 0x6420);
 }
 
+// Levels from -2^k to 2^k - 1 without comparisons: |x * inv_scale| 2^-k saturates to [0, 1], which
+// also takes a NaN to 0. A power of 2 scales a product without another rounding, unless the factor
+// becomes subnormal: exact() says whether the levels are those of a Quantizer.
+struct PowerQuantizer {
+  float inv_scale;        // |inv_scale| 2^-k
+  float size;             // 2^k with the sign of inv_scale
+  uint32_t largest_pair;  // 2^k - 1 in both halves
+  __device__ __forceinline__ bool exact() const { return inv_scale >= 0x1p-100f; }
+};
+
+// unit: 2^-k, or 0 where the bounds are others.
+__device__ __forceinline__ PowerQuantizer power_quantizer(const Quantizer& p, float unit) {
+  return {fabsf(__fmul_rn(p.inv_scale, unit)), copysignf(p.qmin, p.inv_scale),
+          __byte_perm(__float_as_uint(__fadd_rn(p.qmax, kRoundMagic)), 0, 0x1010)};
+}
+
+// The level, up to 2^k, in the low half of the result.
+__device__ __forceinline__ uint32_t rounded_bits(float x, const PowerQuantizer& p) {
+  float part;
+  asm("mul.rn.sat.f32 %0, %1, %2;" : "=f"(part) : "f"(fabsf(x)), "f"(p.inv_scale));
+  const uint32_t sign = __float_as_uint(x) & 0x80000000u;
+  const float v = __uint_as_float(__float_as_uint(part) | sign);
+  return __float_as_uint(__fmaf_rn(v, p.size, kRoundMagic));
+}
+
+// Two levels in the halves of a word.
+__device__ __forceinline__ uint32_t quantize2(const float* x, const PowerQuantizer& p) {
+  const uint32_t pair = __byte_perm(rounded_bits(x[0], p), rounded_bits(x[1], p), 0x5410);
+  return __vmins2(pair, p.largest_pair);
+}
+
+// Four levels as bytes.
+__device__ __forceinline__ uint32_t quantize4(const float* x, const PowerQuantizer& p) {
+  return __byte_perm(quantize2(x, p), quantize2(x + 2, p), 0x6420);
+}
+
 // max|y| / qmax of a row, 1 where that is 0; clip is a factor of the maximum.
 __device__ __forceinline__ float dynamic_scale(float abs_max, float qmax, float clip) {
   const float scale = __fdiv_rn(__fmul_rn(clip, abs_max), qmax);

@@ -5,7 +5,8 @@
 // Layout: a row is cut into vectors of 8 elements; vector v of a row belongs to thread v mod
 //   threads_per_row, which keeps up to kVectors of them in registers: x is read once.
 // Grid: one CTA a row of threads_per_row = blockDim.x threads; where a warp can hold a row, one
-//   warp a row and 4 rows a CTA. row_quant_scalar_kernel: one CTA of 256 threads a row, any width
+//   warp a row and 4 rows a CTA (rmsnorm_quant_lane.cuh has another such kernel, for widths known
+//   when compiling). row_quant_scalar_kernel: one CTA of 256 threads a row, any width
 //   and alignment, the row is read again for every pass.
 // Smem: 384 bytes of partial sums; with one warp a row, weight and shift as they lie in memory.
 // Limits: 8 divides cols, rows start at multiples of 16 bytes, cols <= 8 * kVectors * 1024.
@@ -60,14 +61,17 @@ __device__ __forceinline__ void copy_channels(const void* channels, RowDtype dty
   }
 }
 
-// Asks for a row in the L2 cache, where the writes of the kernel before arrive: nothing there can
-// be stale. One warp, a line of 128 bytes a lane.
+// Asks for a line of 128 bytes in the L2 cache, where the writes of the kernel before arrive:
+// nothing there can be stale.
+__device__ __forceinline__ void prefetch_line(const void* line) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+}
+
+// A row, by one warp: a line a lane.
 template <typename T>
 __device__ __forceinline__ void prefetch_row(const T* row, int cols, int lane) {
   constexpr int kLine = 128 / sizeof(T);
-  for (int at = lane * kLine; at < cols; at += 32 * kLine) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + at));
-  }
+  for (int at = lane * kLine; at < cols; at += 32 * kLine) prefetch_line(row + at);
 }
 
 __device__ __forceinline__ void store_levels(const float (&v)[8], const RowQuantParams& p,
@@ -103,6 +107,7 @@ struct RowQuantSchedule {
   double inv_cols;    // 1 / cols
   bool launch_early;  // with one warp a row: the next kernel may start from the beginning, not only
                       // behind the loads
+  float unit;         // 1 / 2^k where the levels are -2^k .. 2^k - 1, otherwise 0
 };
 
 template <typename T,         // of x

@@ -46,9 +46,9 @@ struct RowQuantParams {
 };
 
 // Asynchronous on `stream`, no allocation, no synchronisation. On sm_90 and later the launch
-// overlaps the end of the kernel before it (programmatic dependent launch): the weight and the
-// shift must not be written by that kernel. Throws std::invalid_argument for impossible arguments
-// and std::runtime_error for CUDA errors.
+// overlaps the end of the kernels before it (programmatic dependent launch): none of those may
+// write the weight and the shift. Throws std::invalid_argument for impossible arguments and
+// std::runtime_error for CUDA errors.
 void launch_row_quant(const RowQuantParams& params, cudaStream_t stream);
 
 }  // namespace prefixquant
