@@ -75,8 +75,20 @@ def _definition(name: str, signature: str, indent: str = "") -> str:
         return line
     arguments, result = re.fullmatch(r"\((.*)\)( -> .*)", signature).groups()
     # A comma inside brackets belongs to a type.
-    separate = re.sub(r", (?![^\[]*\])", f",\n{indent}    ", arguments)
-    return f"{indent}def {name}(\n{indent}    {separate},\n{indent}){result}: ..."
+    separate = (
+        _broken_tuple(f"{indent}    {argument},")
+        for argument in re.split(r", (?![^\[]*\])", arguments)
+    )
+    return "\n".join([f"{indent}def {name}(", *separate, f"{indent}){result}: ..."])
+
+
+def _broken_tuple(line: str) -> str:
+    """One type a line where the line, an argument that is a tuple, is too long."""
+    if len(line) <= 100:
+        return line
+    indent, begin, types, end = re.fullmatch(r"( *)(.*tuple\[)(.*)(\],)", line).groups()
+    each = (f"{indent}    {kind},\n" for kind in types.split(", "))
+    return f"{indent}{begin}\n{''.join(each)}{indent}{end}"
 
 
 def stub(module) -> str:

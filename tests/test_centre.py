@@ -105,17 +105,17 @@ def test_tokens_that_do_not_count_have_no_say():
 def test_the_decoder_is_what_was_asked_for():
     model = tiny_family("llama")
 
-    def made(*, balance, centre, centre_keys):
-        options = {"balance": balance, "centre": centre, "centre_keys": centre_keys}
-        return make_decoder(model, plan_of(model), SAMPLES, PREFIX, eta=64.0, **options)
+    def made(scheme, **options):
+        recipe = RecipeConfig(scheme=Scheme.parse(scheme), **options)
+        return make_decoder(model, plan_of(model), SAMPLES, PREFIX, recipe)
 
-    plain = made(balance=False, centre=False, centre_keys=False)
-    centred = made(balance=False, centre=True, centre_keys=True)
+    plain = made("w4a4kv4", balance=False, centre=False)
+    centred = made("w4a4kv4", balance=False)
     assert plain.centre is plain.balance is None
     for a, b in zip(centred.centre, measured(model), strict=True):
         assert torch.equal(a.qkv, b.qkv)
         assert torch.equal(a.key, b.key)
-    both = made(balance=True, centre=True, centre_keys=False)
+    both = made("w4a4kv16")
     assert both.balance is not None
     assert both.centre[0].key is None
     assert not torch.equal(both.centre[0].value, centred.centre[0].value)
@@ -133,9 +133,7 @@ def test_the_mean_of_keys_is_that_of_many_positions(family):
     keys = []
     for decoder in (plain, FloatDecoder(model, plan_of(model), centre=centre)):
         x, rope, tap = samples[:1, :1].expand(1, KEY_POSITIONS), decoder.rope(KEY_POSITIONS), {}
-        block_forward(
-            decoder.block(0), decoder.shape, decoder.embed(x), rope, tap=tap.__setitem__
-        )
+        block_forward(decoder.block(0), decoder.shape, decoder.embed(x), rope, tap=tap.__setitem__)
         keys.append(tap["k"][0])
     torch.testing.assert_close(keys[1], keys[0] - keys[0].mean(1, keepdim=True), rtol=0, atol=1e-4)
     assert keys[0].mean(1).norm() > 0.05 * keys[0].square().mean(1).sum().sqrt()

@@ -49,7 +49,7 @@ class Setting:
         model = tiny_family(family)
         self.ids = torch.randint(0, 97, (samples, 24), generator=torch.Generator().manual_seed(5))
         plan = plan_rotations(model_geometry(model.config))
-        self.decoder = make_decoder(model, plan, self.ids, (3,), balance=True, centre=True, centre_keys=True, eta=64)
+        self.decoder = make_decoder(model, plan, self.ids, (3,), RecipeConfig())
         self.prefix = self.decoder.prefix((3,))
         self.scheme = Scheme.parse(scheme)
         start = self.decoder.embed(self.ids[:4])

@@ -13,9 +13,7 @@ from prefixquant.ops import rope_kv_append
 POSITIONS = 50
 
 
-def make_inputs(
-    heads, bits, tokens=5, dtype=torch.float32, norms=False, rotate=True, shift=False
-):
+def make_inputs(heads, bits, tokens=5, dtype=torch.float32, norms=False, rotate=True, shift=False):
     query_heads, kv_heads, dim = heads
     k = 0
     if rotate and dim != 10:  # no Hadamard of size 10

@@ -158,17 +158,7 @@ class Measurement:
         model, recipe = self.bench.model, self.recipe
         plan = plan_rotations(model_geometry(model.config), seed=recipe.seed)
         samples = Samples.draw(recipe, self.bench.calibration()).search
-        return make_decoder(
-            model,
-            plan,
-            samples,
-            self.ids,
-            balance=recipe.balance,
-            centre=recipe.centred,
-            centre_keys=recipe.centred_keys,
-            eta=recipe.eta,
-            device=self.bench.device,
-        )
+        return make_decoder(model, plan, samples, self.ids, recipe, self.bench.device)
 
     def _pipeline(self, recipe: RecipeConfig) -> BlockPipeline:
         samples = Samples.draw(recipe, self.bench.calibration())

@@ -107,18 +107,9 @@ class Workbench:
             self.calibration(setting.text), setting.samples, length, setting.seed
         )
         geometry = model_geometry(self.model.config)
-        recipe = RecipeConfig(scheme=scheme, centre=setting.centre)
-        decoder = make_decoder(
-            self.model,
-            plan_rotations(geometry, rotate=setting.rotate, seed=setting.seed),
-            samples,
-            ids,
-            balance=setting.balance,
-            centre=recipe.centred,
-            centre_keys=recipe.centred_keys,
-            eta=RecipeConfig().eta,
-            device=self.device,
-        )
+        plan = plan_rotations(geometry, rotate=setting.rotate, seed=setting.seed)
+        recipe = RecipeConfig(scheme=scheme, balance=setting.balance, centre=setting.centre)
+        decoder = make_decoder(self.model, plan, samples, ids, recipe, self.device)
         prefix = decoder.prefix(ids)
         embedded = decoder.embed(samples)
         streams = Streams(embedded, embedded.clone())

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from prefixquant.balance_measure import measure_balance
 from prefixquant.centre_measure import measure_centre
+from prefixquant.config import RecipeConfig
 from prefixquant.counted import Counted
 from prefixquant.decoder import FloatDecoder
 from prefixquant.observe import SAMPLES
@@ -18,32 +19,26 @@ def make_decoder(
     plan: RotationPlan,
     samples: Tensor,
     prefix: tuple[int, ...],
-    *,
-    balance: bool,
-    centre: bool,
-    centre_keys: bool,
-    eta: float,
+    recipe: RecipeConfig,
     device: torch.device | str = "cpu",
 ) -> FloatDecoder:
-    """The decoder of ``plan``; balanced (where R4 is there to make it matter) and then centred on
-    the first samples, with the prefix in place.
+    """The decoder of ``plan``; as the recipe says balanced (where R4 is there to make it matter)
+    and then centred on the first samples, with the prefix in place.
 
     Args:
-        samples: int64 [n, T].
-        centre_keys: whether centring takes the keys too.
-        eta: of the outlier scan: tokens that stand out do not count (`Counted`).
+        samples: int64 [n, T]; tokens that stand out by the recipe's eta do not count (`Counted`).
     """
     samples = samples[:SAMPLES]
 
     def measured(measure, decoder: FloatDecoder, **options) -> list:
-        counted = Counted(samples.shape, len(prefix), eta, decoder.device)
+        counted = Counted(samples.shape, len(prefix), recipe.eta, decoder.device)
         return measure(decoder, samples, prefix, counted, **options)
 
     scales = means = None
-    if balance and plan.rotations.r4:
+    if recipe.balance and plan.rotations.r4:
         plain = FloatDecoder(model, plan_rotations(plan.geometry, rotate=False), device=device)
         scales = measured(measure_balance, plain)
-    if centre:
+    if recipe.centred:
         uncentred = FloatDecoder(model, plan, device=device, balance=scales)
-        means = measured(measure_centre, uncentred, keys=centre_keys)
+        means = measured(measure_centre, uncentred, keys=recipe.centred_keys)
     return FloatDecoder(model, plan, device=device, balance=scales, centre=means)

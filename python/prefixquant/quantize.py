@@ -79,17 +79,7 @@ def quantize(
     seconds["prefix_search"] = time.monotonic() - start
 
     start = time.monotonic()
-    decoder = make_decoder(
-        model,
-        plan,
-        samples.search,
-        search.prefix,
-        balance=recipe.balance,
-        centre=recipe.centred,
-        centre_keys=recipe.centred_keys,
-        eta=recipe.eta,
-        device=device,
-    )
+    decoder = make_decoder(model, plan, samples.search, search.prefix, recipe, device)
     seconds["balance_and_centre"] = time.monotonic() - start
 
     start = time.monotonic()

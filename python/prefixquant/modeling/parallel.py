@@ -2,9 +2,9 @@
 """Tensor parallelism: each rank holds the heads and the channels that are its own.
 
 q, k, v, gate and up are cut by output channels, o_proj and down_proj by input channels; the sums of
-these two are added up across ranks. K/V scales, shifts and the prefix are cut by KV head. Static scales of
-activations are one per tensor and need no maximum across ranks. R4 mixes channels, so its blocks
-must fit a rank's part: quantize with ``--r4-block-size``.
+these two are added up across ranks. K/V scales, the keys' shift and the prefix are cut by KV head.
+Static scales of activations are one per tensor and need no maximum across ranks. R4 mixes channels,
+so its blocks must fit a rank's part: quantize with ``--r4-block-size``.
 """
 
 from collections.abc import Iterator, Mapping

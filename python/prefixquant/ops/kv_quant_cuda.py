@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: PLR0913  (the arguments of the operations, one by one)
 """The CUDA implementations of what writes a KV cache, and reads it back as floats."""
 
 import torch

@@ -53,8 +53,8 @@ def _run_rope_kv_append(*arguments) -> Tensor:
 _rope_kv_append = define_on_every_device(
     "rope_kv_append(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor? q_norm,"
     " Tensor? k_norm, float eps, Tensor? signs, int rotation_size, Tensor? k_shift,"
-    " Tensor? k_scale, Tensor? v_scale, int kv_bits, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots,"
-    " int heads) -> Tensor",
+    " Tensor? k_scale, Tensor? v_scale, int kv_bits, Tensor(a!) k_cache, Tensor(b!) v_cache,"
+    " Tensor slots, int heads) -> Tensor",
     fake=_rope_kv_append_fake,
     run=_run_rope_kv_append,
 )
