@@ -153,6 +153,15 @@ def test_a_cta_that_takes_several_blocks(size, rows):
     check_swiglu(x, x.flip(0), signs, size, 4)
 
 
+def test_rows_beyond_whole_rounds():
+    """Where an SM holds one CTA, the last rows are another launch."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    gate, up = outlier_rows(2 * sms + 7, 2 * 27648, torch.bfloat16, factor=10.0).chunk(2, -1)
+    gate[-1, 5] = torch.nan
+    check(gate, signs_of(27648), 27648)
+    check_swiglu(gate, up, signs_of(27648), 27648, 4)
+
+
 PAIRED = [(108, 128), (148, 128), (68, 256)]  # k and 2^m
 
 

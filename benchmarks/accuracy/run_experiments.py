@@ -100,8 +100,10 @@ def schemes(bench: Workbench) -> Iterator[Row]:
 
 def dynamic(bench: Workbench) -> Iterator[Row]:
     """Static scales against scales made for every token (activations; K and V by head)."""
+    by_paper = paper_prefix(bench.search.steps[0], bench.search.bos)
+    prefixes = (("no prefix", ()), ("verified prefix", None), ("paper's prefix", by_paper))
     for mode, scheme in (("static", "w4a4kv4"), ("dynamic", "w4a4dkv4d")):
-        for name, prefix in (("no prefix", ()), ("verified prefix", None)):
+        for name, prefix in prefixes:
             for strength in (0.0, COMPENSATION):
                 setting = Setting(
                     f"W4A4KV4 {mode}, {name}", scheme, prefix=prefix, compensation=strength
