@@ -56,14 +56,17 @@ def check_swiglu(gate, up, signs, size, bits=8):
     q = ops.swiglu_hadamard_quantize(*arguments, scale.cuda(), bits).cpu()
     expected = reference.quantize_static(y, scale, bits)
     quotient = torch.where(finite, y.double() / scale.double(), 0.0)
-    assert_quantized_close(q, expected, quotient)
+    # Sums of integers are off by 1e-5 of an 8-bit level on average and by 7e-5 at most (18944
+    # elements), silu within 4 ulp by half of that.
+    near = 1e-5 * 2 ** (bits - 4)
+    assert_quantized_close(q, expected, quotient, near)
     if not finite.all():
         return
     q, scale = ops.swiglu_hadamard_quantize_dynamic(*arguments, bits)
     expected_q, expected_scale = reference.quantize_dynamic(y, bits)
     torch.testing.assert_close(scale.cpu(), expected_scale, rtol=2e-6, atol=1e-38)
     quotient = y.double().reshape(-1, y.shape[-1]) / expected_scale.double()[:, None]
-    assert_quantized_close(q.cpu(), expected_q, quotient.reshape(y.shape))
+    assert_quantized_close(q.cpu(), expected_q, quotient.reshape(y.shape), near)
 
 
 def check(x, signs, size, bits=4):

@@ -167,6 +167,6 @@ def test_cpu_tensors_are_refused():
         _C.rope_kv_append_cuda(**inputs, q=q, stream=0)
     x, cache = torch.zeros(1, 2, 3, 64), torch.zeros(1, 2, 3, 32, dtype=torch.uint8)
     with pytest.raises(ValueError, match="x: expected a CUDA tensor, got cpu"):
-        _C.kv_quantize_cuda("kv_quantize", x, torch.ones(2), 4, None, 1, cache, 0, 0)
+        _C.kv_quantize_cuda("kv_quantize", x, torch.ones(2), 4, None, 1, None, cache, 0, 0)
     with pytest.raises(ValueError, match="q: expected a CUDA tensor, got cpu"):
         _C.kv_dequantize_cuda(cache, torch.ones(2), 4, None, x, 0)
