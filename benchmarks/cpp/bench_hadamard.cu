@@ -113,10 +113,13 @@ int check_all(Size size, int only_k) {
       run({0, k * pow2 * (pow2 < 64 ? 2 : 1), k * pow2, k, false, kNone});
     }
   }
-  if (!few && (!only_k || only_k == 108)) {
-    // A round of the SMs, and four rows that are another launch.
-    const int64_t rows = current_hadamard_device().sm_count + 4;
+  if (!only_k || only_k == 108) {
+    // Two rounds of the SMs, each CTA with a staged x, and four rows that are another launch.
+    const int64_t rows = 2 * current_hadamard_device().sm_count + 4;
     failed += check({rows, 27648, 27648, 108, true, kStatic}, launches);
+  }
+  if (!few && (!only_k || only_k == 108)) {
+    const int64_t rows = current_hadamard_device().sm_count + 4;
     failed += check({rows, 27648, 27648, 108, true, kDynamic}, launches);
     failed += check({rows, 27648, 27648, 108, false, kNone}, launches);
   }
