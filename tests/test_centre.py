@@ -4,8 +4,8 @@
 import pytest
 import torch
 from prefixquant.block import block_forward
-from prefixquant.centre import KEY_POSITIONS, centre_block
-from prefixquant.centre_measure import measure_centre
+from prefixquant.centre import centre_block
+from prefixquant.centre_measure import key_positions, measure_centre
 from prefixquant.config import QuantizationConfig, RecipeConfig, Rotations, Scheme
 from prefixquant.counted import Counted
 from prefixquant.decoder import FloatDecoder
@@ -124,7 +124,7 @@ def test_the_decoder_is_what_was_asked_for():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_mean_of_keys_is_that_of_many_positions(family):
     """One token over and over: keys of the first block are one vector that RoPE turns. Centred on a
-    few positions of it, the keys of all `KEY_POSITIONS` have no mean."""
+    few positions of it, the keys of all positions have no mean."""
     model = tiny_family(family)
     samples = SAMPLES[:1, :1].expand(2, 30)
     counted = Counted(samples.shape, len(PREFIX), 64.0, torch.device("cpu"))
@@ -132,7 +132,8 @@ def test_the_mean_of_keys_is_that_of_many_positions(family):
     centre = measure_centre(plain, samples, PREFIX, counted, keys=True)
     keys = []
     for decoder in (plain, FloatDecoder(model, plan_of(model), centre=centre)):
-        x, rope, tap = samples[:1, :1].expand(1, KEY_POSITIONS), decoder.rope(KEY_POSITIONS), {}
+        length, tap = key_positions(decoder), {}
+        x, rope = samples[:1, :1].expand(1, length), decoder.rope(length)
         block_forward(decoder.block(0), decoder.shape, decoder.embed(x), rope, tap=tap.__setitem__)
         keys.append(tap["k"][0])
     torch.testing.assert_close(keys[1], keys[0] - keys[0].mean(1, keepdim=True), rtol=0, atol=1e-4)

@@ -71,7 +71,7 @@ def test_inspect(checkpoint):
     assert result.exit_code == 0
     assert "w4a4kv4" in result.stdout
     assert "linear weights" in result.stdout
-    assert "; centred" in result.stdout
+    assert "; centred, keys too" in result.stdout
     data = json.loads(run("inspect", checkpoint, "--json", "--check-values").stdout)
     assert data["bytes"]["linear_weights"] == 2 * (32 * 32 * 2 + 32 * 16 * 2 + 32 * 64 * 3) // 2
     assert data["architecture"]["num_layers"] == 2

@@ -109,7 +109,7 @@ def linear(block: BlockWeights, role: str, x: Tensor) -> Tensor:
 
 
 def head_projection(block: BlockWeights, shape: BlockShape, role: str, x: Tensor) -> Tensor:
-    """ "q", "k" or "v" of x [.., C], head by head and before RoPE: [.., H, D], the q/k norm taken
+    """x [.., C] -> [.., H, D]: the heads of role "q", "k" or "v" before RoPE, behind the q/k norm
     where there is one."""
     heads = linear(block, role, x).unflatten(-1, (-1, shape.geometry.head_dim))
     norm = {"q": block.q_norm, "k": block.k_norm}.get(role)

@@ -22,8 +22,8 @@ goes:
   all keys of a head, those of the prefix too, takes q.n from all logits of a query, which the
   softmax does not notice. It is subtracted as a key is written to the cache. RoPE turns the mean
   of the keys before it (88 % of their energy) with the position; n is the average of the turned
-  means over positions 0 to `KEY_POSITIONS` - 1, so that it holds what turns slowly and nothing
-  that fits one stretch of the context alone. SmolLM2-135M: n takes out 45 % of the energy at
+  means over the first `KEY_POSITIONS` positions of the context, so that it holds what turns slowly
+  and nothing that fits one stretch alone. SmolLM2-135M: n takes out 45 % of the energy at
   positions below 1024, 51, 48 and 27 % in the next 1024, 2048 and 2048, 1 % beyond 6144.
 
 Of down_proj's input the mean is 38 %; it is left in.
@@ -39,13 +39,13 @@ from torch import Tensor
 
 from prefixquant.roles import BlockWeights, Geometry
 
-KEY_POSITIONS = 4096  # that the mean of the keys is an average over
+KEY_POSITIONS = 4096  # that the mean of the keys is an average over, or all where there are fewer
 
 
 @dataclass(frozen=True)
 class BlockCentre:
-    """The means of a block's activations, float32 with values of bfloat16, in the basis of its
-    rotated weights."""
+    """The means of a block's activations, float32, in the basis of its rotated weights; all but
+    those of the keys have values of bfloat16."""
 
     qkv: Tensor  # [C]: the normed residual stream before attention
     gate_up: Tensor  # [C]: and before the MLP

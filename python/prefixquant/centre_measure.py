@@ -32,7 +32,7 @@ def measure_centre(
         keys: whether the keys have one.
     """
     found = []
-    rope = decoder.rope(KEY_POSITIONS) if keys else None
+    rope = decoder.rope(key_positions(decoder)) if keys else None
     for block, batches in observe_blocks(decoder, samples, prefix, counted):
         sums: dict[str, Tensor | float] = dict.fromkeys((*_POINTS, "k"), 0.0)
         tokens = 0
@@ -47,6 +47,11 @@ def measure_centre(
         key = _turned_mean(means["k"], rope, decoder.shape.r3_size) if keys else None
         found.append(_block_centre(means, key, decoder.geometry))
     return found
+
+
+def key_positions(decoder: FloatDecoder) -> int:
+    """How many positions the mean of the keys is an average over."""
+    return min(KEY_POSITIONS, decoder.model.config.max_position_embeddings)
 
 
 def _turned_mean(mean: Tensor, rope: tuple[Tensor, Tensor], r3_size: int) -> Tensor:

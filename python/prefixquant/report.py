@@ -214,7 +214,8 @@ def describe_checkpoint(report: Mapping[str, Any]) -> str:
         f"prefix     {describe_prefix(quantization)}",
         f"rotations  {', '.join(names) or 'none'}"
         + (f" (R4 blocks of {rotations['r4_block_size']})" if rotations["r4"] else "")
-        + ("; centred" if quantization.get("centred") else ""),
+        + ("; centred" if quantization.get("centred") else "")
+        + (", keys too" if quantization.get("centred_keys") else ""),
         f"tensors    {report['tensors']}",
         "",
         table(_describe_bytes(report["bytes"])),
