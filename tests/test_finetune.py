@@ -375,7 +375,8 @@ def test_a_disk_store_reads_what_was_written(tmp_path):
 @pytest.mark.parametrize("learned", [Learned(False), Learned(False, True, True), Learned(True)])
 @pytest.mark.parametrize("average", [0.0, 0.9])
 def test_end_to_end_training_lowers_the_divergence(learned, average):
-    setting = Setting(samples=64)
+    # Scales alone change little, and 4-bit activations of a random model are noise beside that.
+    setting = Setting(scheme="w4a8kv8", samples=64)
     config = dataclasses.replace(
         CONFIG, samples=64, validation_samples=16, e2e_epochs=4, e2e_average=average
     )
