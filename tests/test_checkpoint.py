@@ -573,7 +573,8 @@ def test_missing_shard(sharded):
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside.safetensors", "/etc/passwd", "a/b", "..", "", "c:\\x", "a\0b", 7, None]
+    "name",
+    ["../outside.safetensors", "/etc/passwd", "a/b", "..", "", "c:\\x", "a\0b", "\ud800", 7, None],
 )
 def test_index_cannot_point_outside(sharded, name):
     path = sharded / INDEX_NAME

@@ -215,4 +215,5 @@ def is_plain_file_name(name: str) -> bool:
         and len(name) <= 255
         and name not in (".", "..")
         and not any(character in name for character in "/\\:\0")
+        and not any("\ud800" <= character <= "\udfff" for character in name)  # in no encoding
     )
