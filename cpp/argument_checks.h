@@ -16,6 +16,17 @@ inline void check_vector(const ArgumentChecker& check, const TensorView& t, cons
   check.contiguous(t, name);
 }
 
+// A float32 vector a head, [heads, dim]; the device is left to the caller.
+inline const float* head_vectors(const ArgumentChecker& check, const TensorView& t,
+                                 const char* name, int64_t heads, int64_t dim) {
+  check.dtype(t, name, DType::kFloat32);
+  check.rank(t, name, 2);
+  check.size(t, name, 0, heads);
+  check.size(t, name, 1, dim);
+  check.contiguous(t, name);
+  return t.data<float>();
+}
+
 // What outlier_scan takes beside x [rows, C]; on_device(t, name) refuses a tensor of another
 // device.
 template <typename OnDevice>

@@ -4,6 +4,7 @@
 // cuda/include/prefixquant/{rope_kv_append,kv_quant}.h.
 #include "prefixquant/rope_kv_append.h"
 
+#include "argument_checks.h"
 #include "kv_cuda.h"
 #include "ops_cuda.h"
 #include "prefixquant/kv_quant.h"
@@ -64,12 +65,7 @@ const float* take_shift(const ArgumentChecker& check, const OptionalTensor& t, c
                         int64_t heads, int64_t dim, int device) {
   if (!t) return nullptr;
   check.on_cuda(*t, name, device);
-  check.dtype(*t, name, DType::kFloat32);
-  check.rank(*t, name, 2);
-  check.size(*t, name, 0, heads);
-  check.size(*t, name, 1, dim);
-  check.contiguous(*t, name);
-  return t->data<float>();
+  return head_vectors(check, *t, name, heads, dim);
 }
 
 // [pages, heads, page_size, row] of a cache of `bits`; strides in bytes.

@@ -61,12 +61,7 @@ inline const float* head_shift(const ArgumentChecker& check, const OptionalTenso
                                const char* name, int64_t heads, int64_t dim) {
   if (!t) return nullptr;
   check.on_cpu(*t, name);
-  check.dtype(*t, name, DType::kFloat32);
-  check.rank(*t, name, 2);
-  check.size(*t, name, 0, heads);
-  check.size(*t, name, 1, dim);
-  check.contiguous(*t, name);
-  return t->data<float>();
+  return head_vectors(check, *t, name, heads, dim);
 }
 
 // Shape, dtype and layout of two values a byte; the device is left to the caller.

@@ -117,11 +117,10 @@ int check_all(Size size, int only_k) {
     // Two rounds of the SMs, each CTA with a staged x, and four rows that are another launch.
     const int64_t rows = 2 * current_hadamard_device().sm_count + 4;
     failed += check({rows, 27648, 27648, 108, true, kStatic}, launches);
-  }
-  if (!few && (!only_k || only_k == 108)) {
-    const int64_t rows = current_hadamard_device().sm_count + 4;
-    failed += check({rows, 27648, 27648, 108, true, kDynamic}, launches);
-    failed += check({rows, 27648, 27648, 108, false, kNone}, launches);
+    if (!few) {
+      failed += check({rows, 27648, 27648, 108, true, kDynamic}, launches);
+      failed += check({rows, 27648, 27648, 108, false, kNone}, launches);
+    }
   }
   run({0, 28672, 28672, 28, false, kNone});
   run({0, 28 * 128, 28 * 64, 28, false, kNone, true});

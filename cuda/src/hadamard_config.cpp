@@ -16,7 +16,6 @@ constexpr int64_t kMaxInputs = 32;     // Butterflies<F>
 constexpr int64_t kThreads = 256;      // of a CTA
 constexpr int64_t kStaticSmem = 512;   // an upper bound of what the kernels have besides
 constexpr int64_t kPairStaticSmem = 16;
-constexpr int64_t kMmaStaticSmem = 1024;
 constexpr int64_t kReservedSmem = 1024;     // of every CTA, by the system
 constexpr int64_t kPairElements = 24576;    // of a block: below, kPair gains nothing or little
 constexpr int64_t kManyElements = 1024;     // of a CTA: above, a cluster of 8 becomes 16
@@ -204,10 +203,10 @@ int64_t rows_beyond_rounds(const RowHadamardParams& p, int64_t grid, const Hadam
 // For clusters of config.cluster CTAs.
 void take_smem(const RowHadamardParams& p, const HadamardDevice& device, int64_t smem,
                int64_t ctas_per_sm, HadamardConfig& config) {
-  if (smem + kMmaStaticSmem > device.smem_limit) return;
+  if (smem + kHadamardMmaStaticSmem > device.smem_limit) return;
   config.smem_bytes = smem;
   const int64_t by_smem =
-      (device.smem_limit + kReservedSmem) / (smem + kMmaStaticSmem + kReservedSmem);
+      (device.smem_limit + kReservedSmem) / (smem + kHadamardMmaStaticSmem + kReservedSmem);
   const int64_t ctas = std::min<int64_t>(by_smem, ctas_per_sm) * device.sm_count;
   config.grid = config.cluster * std::min(p.rows * (p.cols / p.block_size), ctas / config.cluster);
 }

@@ -107,6 +107,9 @@ inline constexpr HadamardSums kHadamardSums[] = {
 // The most threads a CTA of kSums can have: three CTAs of 256 are two of 384.
 constexpr int hadamard_sums_threads(int ctas_per_sm) { return ctas_per_sm == 3 ? 384 : 256; }
 
+// An upper bound of what a CTA of kMma, kWgmma and kPairWgmma has in static shared memory.
+inline constexpr int kHadamardMmaStaticSmem = 1024;
+
 // The shapes of kMma: 16 outputs a tile.
 inline constexpr int kMinHadamardMmaTiles = 5;
 inline constexpr int kMaxHadamardMmaTiles = 12;

@@ -311,7 +311,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
   __shared__ alignas(8) uint64_t barriers[1 + Shape::kReceives];
   __shared__ uint32_t maxima[Shape::kCtas * Shape::kWarps];
   __shared__ int32_t row_starts[Shape::kStarts];
-  static_assert(sizeof(barriers) + sizeof(maxima) + sizeof(row_starts) <= 1024, "kMmaStaticSmem");
+  static_assert(sizeof(barriers) + sizeof(maxima) + sizeof(row_starts) <= kHadamardMmaStaticSmem,
+                "more than the configuration counts");
   grid_dependency_launch();
   WgmmaPair pair;
   pair.rank = cluster_cta_rank();

@@ -372,8 +372,8 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
   __shared__ alignas(8) uint64_t staged_barrier;
   static_assert(sizeof(maxima) + sizeof(output_maxima) + sizeof(block_maxima) + sizeof(row_starts) +
                         sizeof(staged_barrier) <=
-                    1024,
-                "kMmaStaticSmem");
+                    kHadamardMmaStaticSmem,
+                "more than the configuration counts");
   grid_dependency_launch();
   const uint32_t staged = smem_address(&staged_barrier);
   if (Shape::kStagesX && threadIdx.x == 0) {

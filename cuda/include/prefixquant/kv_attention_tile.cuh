@@ -28,11 +28,6 @@ struct KvCacheView {
   int run;  // rows from a multiple of `run` on lie in one page; a power of two
 };
 
-// Asks L2 to fetch a line from memory. A hint.
-__device__ __forceinline__ void prefetch_l2(const void* from) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
-}
-
 template <int kTokens, int kRowBytes, int kStages, bool kBulk>
 struct KvTileRing {
   static constexpr int kHalfBytes = kTokens * kRowBytes;

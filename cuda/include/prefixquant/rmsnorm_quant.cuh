@@ -61,17 +61,12 @@ __device__ __forceinline__ void copy_channels(const void* channels, RowDtype dty
   }
 }
 
-// Asks for a line of 128 bytes in the L2 cache, where the writes of the kernel before arrive:
-// nothing there can be stale.
-__device__ __forceinline__ void prefetch_line(const void* line) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
-}
-
-// A row, by one warp: a line a lane.
+// Asks for a row in the L2 cache, where the writes of the kernel before arrive: nothing there can
+// be stale. One warp, a line a lane.
 template <typename T>
 __device__ __forceinline__ void prefetch_row(const T* row, int cols, int lane) {
   constexpr int kLine = 128 / sizeof(T);
-  for (int at = lane * kLine; at < cols; at += 32 * kLine) prefetch_line(row + at);
+  for (int at = lane * kLine; at < cols; at += 32 * kLine) prefetch_l2(row + at);
 }
 
 __device__ __forceinline__ void store_levels(const float (&v)[8], const RowQuantParams& p,

@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(128, 8)
   const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
   constexpr int kLine = 128 / sizeof(T);
   static_assert(kCols <= 32 * kLine);
-  if (lane * kLine < kCols) prefetch_line(x + lane * kLine);
+  if (lane * kLine < kCols) prefetch_l2(x + lane * kLine);
   // No kernel that may still run writes these two.
   Elements weight, shift;
   if (kNormalize && p.weight) weight.load(static_cast<const T*>(p.weight), lane);
