@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Hadamard, alone and with SwiGLU and quantization, without Python.
-//   bench_hadamard check [k]       small self-checking launches of every kernel (of this k), for
-//                                  compute-sanitizer
-//   bench_hadamard few [k]         fewer of them, for its slower tools
+//   bench_hadamard check [k [2^m]] small self-checking launches of every kernel (of these blocks),
+//                                  for compute-sanitizer
+//   bench_hadamard few [k [2^m]]   fewer of them, for its slower tools
 //   bench_hadamard time            microseconds and shares of the copy bandwidth, back to back;
 //                                  for few rows also what a launch adds between two linear layers
 //   bench_hadamard sweep [k>N] [chosen] [b=block,..] [rows..]  the same for every configuration,
@@ -26,8 +26,8 @@
 namespace prefixquant::bench {
 namespace {
 
-// Launches every configuration; returns how many are wrong.
-int check(const Case& c, int& launches) {
+// Launches every configuration, or the chosen one; returns how many are wrong.
+int check(const Case& c, int& launches, bool chosen = false) {
   const size_t count = c.rows * c.cols;
   const auto x = to_bf16(normal_rows(c.rows, c.cols, true));
   const auto up = to_bf16(normal_rows(c.rows, c.cols, false));
@@ -48,7 +48,9 @@ int check(const Case& c, int& launches) {
   const Buffer<uint8_t> probe(1);  // aligned as every other buffer
   p.out = probe.data();
   int failed = 0;
-  for (const HadamardConfig& config : configs_of(p)) {
+  auto configs = configs_of(p);
+  if (chosen) configs.resize(1);
+  for (const HadamardConfig& config : configs) {
     const Buffer<uint8_t> out(c.scaling == RowScale::kNone ? 2 * count : count);
     p.out = out.data();
     launch_hadamard(p, config, nullptr);
@@ -73,12 +75,13 @@ constexpr RowScale kNone = RowScale::kNone, kStatic = RowScale::kStatic,
 
 enum class Size { kFew, kSmall, kLarge };
 
-// only_k: 0 for all
-int check_all(Size size, int only_k) {
+// only_k, only_pow2: 0 for all
+int check_all(Size size, int only_k, int64_t only_pow2) {
   int failed = 0, launches = 0;
   const bool small = size != Size::kLarge, few = size == Size::kFew;
   const auto run = [&](Case c) {
     if (only_k && c.k != only_k) return;
+    if (only_pow2 && c.block != c.k * only_pow2) return;
     for (const int64_t rows : {1, small ? 3 : 5, 300}) {
       if (rows == 300 && (small || c.cols > 4096)) continue;
       const bool walks = c.cols == 28672 || find_hadamard_pair_block(c.k, c.block / c.k);
@@ -113,10 +116,10 @@ int check_all(Size size, int only_k) {
       run({0, k * pow2 * (pow2 < 64 ? 2 : 1), k * pow2, k, false, kNone});
     }
   }
-  if (!only_k || only_k == 108) {
+  if ((!only_k || only_k == 108) && (!only_pow2 || only_pow2 == 256)) {
     // Two rounds of the SMs, each CTA with a staged x, and four rows that are another launch.
     const int64_t rows = 2 * current_hadamard_device().sm_count + 4;
-    failed += check({rows, 27648, 27648, 108, true, kStatic}, launches);
+    failed += check({rows, 27648, 27648, 108, true, kStatic}, launches, few);
     if (!few) {
       failed += check({rows, 27648, 27648, 108, true, kDynamic}, launches);
       failed += check({rows, 27648, 27648, 108, false, kNone}, launches);
@@ -332,8 +335,9 @@ int main(int argc, char** argv) try {
     return 0;
   }
   const int only_k = argc > 2 ? std::stoi(argv[2]) : 0;
+  const int64_t only_pow2 = argc > 3 ? std::stoll(argv[3]) : 0;
   const Size size = mode == "few" ? Size::kFew : mode == "check" ? Size::kSmall : Size::kLarge;
-  if (mode != "time" && check_all(size, only_k)) return 1;
+  if (mode != "time" && check_all(size, only_k, only_pow2)) return 1;
   if (mode.empty() || mode == "time") time_all();
   return 0;
 } catch (const std::exception& error) {

@@ -279,8 +279,8 @@ __device__ __forceinline__ void prefetch_block(const HadamardMmaArgs& p, uint32_
 }
 
 // Writes a block by `finish`; with dynamic scales the product is made once for the largest
-// magnitude, which `finish` adds to, and once more for the levels.
-template <typename Finish>
+// magnitude, which `finish` adds to, and once more for the levels. kAtomic: as block_max.
+template <bool kAtomic = false, typename Finish>
 __device__ __forceinline__ void finish_block(const HadamardMmaArgs& p, int64_t row,
                                              Quantizer& quantizer, uint32_t* output_maxima,
                                              const Finish& finish) {
@@ -289,7 +289,7 @@ __device__ __forceinline__ void finish_block(const HadamardMmaArgs& p, int64_t r
   for (bool maximum = p.scaling == RowScale::kDynamic;; maximum = false) {
     finish(maximum, largest);
     if (!maximum) break;
-    const uint32_t bits = block_max(magnitude_bits(largest), output_maxima);
+    const uint32_t bits = block_max<kAtomic>(magnitude_bits(largest), output_maxima);
     const float row_scale = dynamic_scale(__uint_as_float(bits), p.qmax, 1.0f);
     if (threadIdx.x == 0) p.row_scale[row] = row_scale;
     quantizer.inv_scale = number_scale(__frcp_rn(row_scale));

@@ -357,9 +357,9 @@ __device__ __forceinline__ uint32_t wait_for_maximum(uint32_t v, uint32_t* maxim
 //     __syncthreads of the signs.
 //   block_maxima: written by thread 0 between the barriers, read by warps without a task after the
 //     second. The next block's goes to the other word, so that another __syncthreads lies between a
-//     read and the write after it. Both by atomics: compute-sanitizer does not see that a warp
-//     which arrived at the first barrier without waiting there still meets the others at the
-//     second.
+//     read and the write after it. Both by atomics, as the maxima of the outputs: compute-sanitizer
+//     does not see that a warp which arrived at the first barrier without waiting there still meets
+//     the others at the second, and later.
 //   The staged x: read before the first barrier, behind which thread 0 asks for the next one.
 //   Planes: written between the barriers. A warp arrives for the next block when its products,
 //     which read them, are done (wgmma_wait).
@@ -442,7 +442,8 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm)
       prefetch_block(p, block + gridDim.x);
     }
     const int64_t block_at = static_cast<int64_t>(block) * p.block_size;
-    finish_block(p, origin.row, quantizer, output_maxima, [&](bool maximum, float& seen) {
+    constexpr bool kAtomic = Shape::kIdleWarps;
+    finish_block<kAtomic>(p, origin.row, quantizer, output_maxima, [&](bool maximum, float& seen) {
       const bool levels = !maximum && p.scaling != RowScale::kNone;
       finish_tiles<Shape>(p, levels ? scale_for_levels(scale) : scale, row_starts, quantizer,
                           block_at, maximum, seen);

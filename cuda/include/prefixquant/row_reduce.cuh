@@ -25,13 +25,23 @@ __device__ __forceinline__ double block_sum(double v, double* partials) {
 }
 
 // The same for the maximum of bit patterns of magnitudes, which order as the magnitudes do, NaN on
-// top.
+// top. kAtomic is for kernels in which a warp arrives at another barrier without waiting there:
+// compute-sanitizer's racecheck then loses sight of what __syncthreads says of that warp.
+template <bool kAtomic = false>
 __device__ __forceinline__ uint32_t block_max(uint32_t v, uint32_t* partials) {
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
   v = __reduce_max_sync(0xFFFFFFFFu, v);
-  if (lane == 0) partials[threadIdx.x / 32] = v;
+  if (lane == 0) {
+    if constexpr (kAtomic) {
+      atomicExch(&partials[threadIdx.x / 32], v);
+    } else {
+      partials[threadIdx.x / 32] = v;
+    }
+  }
   __syncthreads();
-  return __reduce_max_sync(0xFFFFFFFFu, lane < warps ? partials[lane] : 0u);
+  uint32_t seen = 0;
+  if (lane < warps) seen = kAtomic ? atomicMax(&partials[lane], 0u) : partials[lane];
+  return __reduce_max_sync(0xFFFFFFFFu, seen);
 }
 
 __device__ __forceinline__ uint32_t magnitude_bits(float v) {
