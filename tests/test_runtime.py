@@ -238,6 +238,15 @@ def test_filters_equal_transformers():
     torch.testing.assert_close(filtered_logits(logits, 9, 0.7), expected)
 
 
+def test_filters_keep_the_first_of_equal_logits():
+    logits = torch.tensor([[0.0, 2.0, 3.0, 2.0, 3.0, 2.0]])
+    kept = {k: filtered_logits(logits, k, 1.0)[0].isfinite().tolist() for k in (1, 2, 4)}
+    assert kept[1] == [False, False, True, False, False, False]
+    assert kept[2] == [False, False, True, False, True, False]
+    assert kept[4] == [False, True, True, True, True, False]
+    assert filtered_logits(logits, 0, 1e-9)[0].isfinite().tolist() == kept[1]
+
+
 def test_draws_follow_the_distribution():
     logits = torch.randn(1, 8).mul(1.5)
     sampling = Sampling(temperature=0.7, top_k=6)

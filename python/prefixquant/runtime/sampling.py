@@ -75,12 +75,15 @@ def argmax_of_parts(parts: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def filtered_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """-inf where a token is out of the running."""
+    """-inf where a token is out of the running. Of equal logits, as 16-bit ones often are, those of
+    the first tokens stay: with ``top_k`` 1 that is `argmax`."""
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        above, equal = logits > least, logits == least
+        room = top_k - above.sum(-1, keepdim=True)
+        logits = logits.masked_fill(~(above | (equal & (equal.cumsum(-1) <= room))), -torch.inf)
     if top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities
         # A token stays while those before it do not reach top_p: the likeliest always does.
