@@ -44,8 +44,9 @@ ERRORS = {
 }
 EIGHT_BIT = [("llama", "w4a8kv4"), ("qwen3", "w4a8kv8"), ("qwen2", "w8a8kv16")]
 # A token that is not the likeliest is at most this many standard deviations of the logits below it:
-# float16 (measured on a CPU: 0.08), and float32, where sums have another order.
-MARGIN, MARGIN_FLOAT32 = 0.2, 0.03
+# float16 (measured: 0.08 on a CPU, 0.23 on a GPU; unrelated logits are 2 to 4 below), and float32,
+# where sums have another order.
+MARGIN, MARGIN_FLOAT32 = 0.4, 0.03
 
 
 @pytest.fixture(scope="module")
