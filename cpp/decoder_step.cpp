@@ -55,7 +55,7 @@ class DecoderStep::Worker {
     barrier();
     attend(b, positions, slots, lengths);
     barrier();
-    multiply_add(b.o, step_.attended_.data());
+    multiply_add(b.o, attended(b));
     barrier();
     multiply(b.gate_up, normalize(b.post_norm, b.gate_up), step_.gate_up_.data());
     barrier();
@@ -94,6 +94,22 @@ class DecoderStep::Worker {
     return quantized_rows([&](int64_t begin, int64_t end, int8_t* x) {
       p.y = x;
       rmsnorm_rows_table.pick()(p, begin, end, scratch_);
+    });
+  }
+
+  // What the o projection reads: what attention left, or R5 of it.
+  const int8_t* attended(const Block& b) {
+    if (b.attention.output_quantized) return step_.attended_levels_.data();
+    HadamardRows p{};
+    p.x = step_.attended_.data();
+    p.x_type = FloatType::kFloat32;
+    p.x_stride = p.cols = step_.sizes_.heads * step_.sizes_.head_dim;
+    p.quantized = true;
+    p.hadamard = step_.attention_rotation_;
+    p.quantizer = b.o.input;
+    return quantized_rows([&](int64_t begin, int64_t end, int8_t* x) {
+      p.y = x;
+      hadamard_rows_table.pick()(p, begin, end, scratch_);
     });
   }
 
@@ -148,7 +164,8 @@ class DecoderStep::Worker {
     rope.q = step_.q_.data();
     KvAttentionParams p = b.attention;
     p.q = step_.q_.data();
-    p.out = step_.attended_.data();
+    p.out = p.output_quantized ? static_cast<void*>(step_.attended_levels_.data())
+                               : static_cast<void*>(step_.attended_.data());
     p.batch = rows_;
     p.lengths = lengths;
     for (int64_t task = id_; task < rows_ * p.kv_heads; task += team_) {

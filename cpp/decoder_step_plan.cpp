@@ -12,12 +12,13 @@ namespace {
 constexpr const char* kOp = "DecoderStep";
 
 // hadamard_params with the picks kept in `picks`.
-HadamardParams plan_rotation(const OptionalTensor& signs, int64_t size, int64_t width,
-                             const char* name, std::vector<uint8_t>& picks) {
+HadamardParams plan_rotation(const RotationTensors& rotation, int64_t width, const char* name,
+                             std::vector<uint8_t>& picks) {
   const ArgumentChecker check{kOp};
+  const int64_t size = rotation.size;
   PQ_CHECK(kOp, size >= 1 && width % size == 0, name, ": expected a size that divides ", width,
            ", got ", size);
-  HadamardParams params = hadamard_params(check, signs, size);
+  HadamardParams params = hadamard_params(check, rotation.signs, size);
   if (params.picks) {
     picks.assign(params.picks, params.picks + params.k * params.k / 4);
     params.picks = picks.data();
@@ -36,8 +37,8 @@ void check_table(const ArgumentChecker& check, const TensorView& t, const char* 
 }  // namespace
 
 DecoderStep::DecoderStep(const DecoderSizes& sizes, const TensorView& cos, const TensorView& sin,
-                         const OptionalTensor& rotation_signs, int64_t rotation_size,
-                         const OptionalTensor& mlp_signs, int64_t mlp_size)
+                         const RotationTensors& rotation, const RotationTensors& mlp,
+                         const RotationTensors& attention)
     : sizes_(sizes) {
   const ArgumentChecker check{kOp};
   PQ_CHECK(kOp, sizes.hidden > 0 && sizes.intermediate > 0 && sizes.head_dim > 0,
@@ -55,18 +56,22 @@ DecoderStep::DecoderStep(const DecoderSizes& sizes, const TensorView& cos, const
   cos_ = cos.data<float>();
   sin_ = sin.data<float>();
   positions_ = cos.size(0);
-  PQ_CHECK(kOp, rotation_size == 1 || rotation_size == sizes.head_dim,
-           "rotation_size: expected 1 or ", sizes.head_dim, ", got ", rotation_size);
-  rotation_ = plan_rotation(rotation_signs, rotation_size, sizes.head_dim, "rotation_size",
-                            rotation_picks_);
-  mlp_rotation_ = plan_rotation(mlp_signs, mlp_size, sizes.intermediate, "mlp_size", mlp_picks_);
+  PQ_CHECK(kOp, rotation.size == 1 || rotation.size == sizes.head_dim,
+           "rotation_size: expected 1 or ", sizes.head_dim, ", got ", rotation.size);
   const int64_t attended = sizes.heads * sizes.head_dim;
+  rotation_ = plan_rotation(rotation, sizes.head_dim, "rotation_size", rotation_picks_);
+  mlp_rotation_ = plan_rotation(mlp, sizes.intermediate, "mlp_size", mlp_picks_);
+  attention_rotation_ = plan_rotation(attention, attended, "attention_size", attention_picks_);
   qkv_.resize(kMaxRows * (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim);
   q_.resize(kMaxRows * attended);
   y_.resize(kMaxRows * sizes.hidden);
   gate_up_.resize(kMaxRows * 2 * sizes.intermediate);
-  x_.resize(kMaxRows * std::max(sizes.hidden, sizes.intermediate));
-  attended_.resize(kMaxRows * attended);
+  x_.resize(kMaxRows * std::max({sizes.hidden, sizes.intermediate, attended}));
+  if (attention.size > 1) {
+    attended_.resize(kMaxRows * attended);
+  } else {
+    attended_levels_.resize(kMaxRows * attended);
+  }
 }
 
 DecoderStep::LinearPlan DecoderStep::plan_linear(const LinearTensors& t, const char* name,
@@ -162,7 +167,7 @@ void DecoderStep::plan_attention(const AttentionTensors& t, Block& block) const 
   p.prefix_k = t.prefix_k.ptr;
   p.prefix_v = t.prefix_v.ptr;
   p.prefix = t.prefix_k.size(1);
-  p.output_quantized = true;
+  p.output_quantized = attended_.empty();
   p.output_quantizer = block.o.input;
   p.scaling = static_cast<float>(sizes_.scaling);
   p.kv_heads = sizes_.kv_heads;

@@ -63,11 +63,11 @@ def test_nothing_is_left_of_the_means(family):
             x = block_forward(
                 decoder.block(index), decoder.shape, x, rope, prefix[index], tap=tap.__setitem__
             )
-            for name in ("qkv", "o", "gate_up"):
+            for name in ("qkv", "attended", "gate_up"):
                 seen[index, name] = tap[name][counted].mean(0)
     for (index, name), mean in before.items():
         rest = after[index, name]
-        if name == "o":  # one mean for the query heads that share a KV head
+        if name == "attended":  # one mean for the query heads that share a KV head
             rest, mean = (t.view(1, 3, 16).mean(1) for t in (rest, mean))
         assert rest.norm() < 0.01 * mean.norm() + 1e-5, (index, name)
 

@@ -288,6 +288,7 @@ def test_version():
         (["--outlier-fraction", "2"], ["outlier_fraction", "2"]),
         (["--eta", "nan"], ["eta"]),
         (["--r4-block-size", "-1"], ["r4_block_size"]),
+        (["--r5-block-size", "-1"], ["r5_block_size"]),
         (["--epochs", "-1"], ["epochs", "-1"]),
         (["--epochs", "1", "--train-samples", "8"], ["train_samples", "8"]),
         (["--epochs", "1", "--train-samples", "100000"], ["training text", "needed"]),

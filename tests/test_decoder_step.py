@@ -12,6 +12,7 @@ from prefixquant.runtime.cache import StaticCache
 from prefixquant.runtime.cpu_step import MAX_SEQUENCES, CpuStep
 from prefixquant.runtime.decoder import Decoder, Step
 from prefixquant.runtime.random_weights import random_weights
+from prefixquant.runtime.weights import rotation
 from transformers import AutoConfig
 
 CPU = torch.device("cpu")
@@ -108,6 +109,16 @@ def test_shifts(isa):
 
 def test_places_that_are_not_used(isa):
     check(make_decoder(), LENGTHS[:3], places=8)
+
+
+@pytest.mark.parametrize("size", [1, 16, 24])
+def test_blocks_of_r5(isa, size):
+    decoder = make_decoder(num_attention_heads=6, head_dim=16)
+    whole = decoder.weights.attention_rotation
+    assert whole.size == 96
+    decoder.weights = replace(decoder.weights, attention_rotation=rotation(size, CPU))
+    for batch in (1, 3, 16):
+        check(decoder, LENGTHS[:batch])
 
 
 def test_sizes_beside_the_blocks_of_the_kernels(isa):
@@ -222,6 +233,7 @@ def new_step(**changes):
     sizes = [48, 80, 6, 2, 16, 4, 4, 4]
     defaults = {"sizes": sizes, "eps": 1e-5, "scaling": 0.25, "cos": cos, "sin": cos}
     rotations = {"rotation_signs": None, "rotation_size": 16, "mlp_signs": None, "mlp_size": 16}
+    rotations |= {"attention_signs": None, "attention_size": 16}
     return _C.DecoderStep(**{**defaults, **rotations, **changes})
 
 
@@ -261,6 +273,7 @@ def test_wrong_tensor_of_a_block_is_named(part, index, value, named):
         ("sin", torch.zeros(8, 16)),
         ("rotation_size", 8),
         ("mlp_size", 32),
+        ("attention_size", 64),
         ("sizes", [48, 80, 5, 2, 16, 4, 4, 4]),
         ("sizes", [48, 80, 6, 2, 16, 5, 4, 4]),
     ],

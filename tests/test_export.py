@@ -13,6 +13,7 @@ from prefixquant.export import export_compressed_tensors, pack_int32, without_ha
 from prefixquant.hadamard import apply_hadamard, hadamard_matrix
 from prefixquant.packing import unpack_weight
 from prefixquant.quantize import quantize
+from prefixquant.roles import model_roles
 from prefixquant.workflow import hf_config_dict, write_checkpoint
 from safetensors.torch import load_file
 from test_cli import assert_one_line_error, run
@@ -90,18 +91,26 @@ def test_the_view_holds_the_integers_of_the_checkpoint(tmp_path, scheme, down_pr
     folder = save(tmp_path / "q", scheme=name, **({"group_size": 32} if grouped else {}))
     report = export_compressed_tensors(folder, tmp_path / "view", down_proj=down_proj)
     checkpoint = read_checkpoint(folder)
+    online = {"down_proj": 256} | ({"o_proj": 64} if name == "w4a4kv4" else {})
     weights = dequantized(tmp_path / "view")
-    assert len(weights) == 2 * (7 if down_proj == "int4" else 6)
-    for linear, weight in weights.items():
-        source = unpack_weight(checkpoint.tensors, linear, checkpoint.quantization.weight_bits)
-        if "down" in linear:
-            plain = without_hadamard(source.dequantize(), 256)
-            error = ((weight - plain).square().sum() / plain.square().sum()).item()
-            assert error < (1e-4 if name.startswith("w8") else 2e-2)  # rounded again
-        else:  # the scales are stored in 16 bits
-            torch.testing.assert_close(weight, source.dequantize(), rtol=1e-3, atol=1e-6)
-    assert len(report["down_proj_relative_error"]) == (2 if down_proj == "int4" else 0)
     tensors = load_file(tmp_path / "view" / "model.safetensors")
+    assert len(weights) == 2 * (7 if down_proj == "int4" else 7 - len(online))
+    for index in range(2):
+        for path in model_roles(checkpoint.hf_config()).linears.values():
+            linear, short = f"model.layers.{index}.{path}", path.split(".")[1]
+            source = unpack_weight(checkpoint.tensors, linear, checkpoint.quantization.weight_bits)
+            plain = without_hadamard(source.dequantize(), online.get(short, 1))
+            if short in online and down_proj == "16bit":
+                found = tensors[f"{linear}.weight"].float()
+                torch.testing.assert_close(found, plain, rtol=0, atol=1e-3)
+            elif short in online:  # rounded again
+                error = ((weights[linear] - plain).square().sum() / plain.square().sum()).item()
+                assert error < (1e-4 if name.startswith("w8") else 2e-2)
+            else:  # the scales are stored in 16 bits
+                torch.testing.assert_close(weights[linear], plain, rtol=1e-3, atol=1e-6)
+    for short in ("down_proj", "o_proj"):
+        rounded = short in online and down_proj == "int4"
+        assert len(report[f"{short}_relative_error"]) == (2 if rounded else 0)
     assert not any("prefix" in n or "input_scale" in n or "k_scale" in n for n in tensors)
 
 

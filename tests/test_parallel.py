@@ -25,16 +25,17 @@ CALIBRATION = torch.randint(0, 97, (400,), generator=torch.Generator().manual_se
 SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 160}
 
 
-def save(folder, family="llama", r4_block_size=40, **changes):
+def save(folder, family="llama", scheme="w4a8kv4", r4_block_size=40, r5_block_size=0, **changes):
     model = tiny_family(family, **{**SIZES, **changes})
     recipe = RecipeConfig(
-        scheme=Scheme.parse("w4a8kv4"),
+        scheme=Scheme.parse(scheme),
         prefix="text:ab",
         nsamples=2,
         seqlen=32,
         search_samples=2,
         search_seqlen=32,
         r4_block_size=r4_block_size,
+        r5_block_size=r5_block_size,
     )
     result = quantize(model, byte_tokenizer(), recipe, CALIBRATION)
     config = hf_config_dict(model, result.tensors)
@@ -82,10 +83,17 @@ def generate(model, ids, mask):
     )
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
-def test_two_ranks_are_one_model(family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"scheme": "w4a4kv4", "r5_block_size": 32}),
+        pytest.param("qwen2", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_are_one_model(family, options, tmp_path):
     pytest.importorskip("transformers.distributed", reason="transformers 5.16 has it elsewhere")
-    folder = save(tmp_path / "q", family)
+    folder = save(tmp_path / "q", family, **options)
     ids, mask = inputs()
     # Without GPUs in sight the ranks run on the CPU.
     output = run_two_ranks(folder, ids, mask, {"CUDA_VISIBLE_DEVICES": ""})
@@ -186,6 +194,11 @@ def test_what_cannot_be_cut(tmp_path):
     checkpoint = read_checkpoint(save(tmp_path / "q", r4_block_size=0))
     with pytest.raises(UserError, match="R4 blocks of 160 do not fit the 2 parts"):
         Shard(0, 2).check(checkpoint)
+    checkpoint = read_checkpoint(save(tmp_path / "r5", scheme="w4a4kv4"))
+    with pytest.raises(UserError, match="R5 blocks of 64 do not fit .* a smaller --r5-block-size"):
+        Shard(0, 2).check(checkpoint)
+    blocks = save(tmp_path / "blocks", scheme="w4a4kv4", r5_block_size=32)
+    Shard(0, 2).check(read_checkpoint(blocks))
     with pytest.raises(UserError, match="divides the 2 KV heads, got 4"):
         Shard(0, 4).check(checkpoint)
 

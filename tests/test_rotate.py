@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from prefixquant.block import block_forward
 from prefixquant.config import Rotations
 from prefixquant.decoder import FloatDecoder
 from prefixquant.errors import UnsupportedModelError
@@ -40,10 +41,20 @@ def test_hidden_prefix_equals_prefix_tokens(family):
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
 
 
-def test_block_hadamard_of_r4():
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, Rotations(r4_block_size=80, r5=True, r5_block_size=48)),
+        ({"r4_block_size": 20}, Rotations(r4_block_size=20, r5=True, r5_block_size=48)),
+        ({"r5_block_size": 16}, Rotations(r4_block_size=80, r5=True, r5_block_size=16)),
+        ({"r5_block_size": 24}, Rotations(r4_block_size=80, r5=True, r5_block_size=24)),
+        ({"r5_block_size": 1}, Rotations(r4_block_size=80)),
+    ],
+)
+def test_blocks_of_online_rotations(options, expected):
     model = tiny_family("llama")
-    plan = plan_rotations(model_geometry(model.config), r4_block_size=20)
-    assert plan.rotations == Rotations(r4_block_size=20)
+    plan = plan_rotations(model_geometry(model.config), **options)
+    assert plan.rotations == expected
     ids = torch.randint(0, 97, (1, 9))
     torch.testing.assert_close(
         run(FloatDecoder(model, plan), ids), model(ids).logits, rtol=0, atol=2e-5
@@ -67,7 +78,26 @@ def test_rotate_last_dim_is_the_hadamard_matrix(size):
     matrix = torch.block_diag(*[hadamard_matrix(size)] * (240 // size)) if size > 1 else None
     expected = x if matrix is None else x @ matrix.T
     if 240 % size == 0:
-        torch.testing.assert_close(rotate_last_dim(x, size), expected, rtol=0, atol=1e-12)
+        rotated = rotate_last_dim(x, size)
+        torch.testing.assert_close(rotated, expected, rtol=0, atol=1e-12)
+        back = rotate_last_dim(rotated, size, inverse=True)
+        torch.testing.assert_close(back, x, rtol=0, atol=1e-12)
+
+
+def test_r5_mixes_the_heads_of_what_o_proj_reads():
+    model = tiny_family("llama")
+    seen = []
+    for size in (1, 0):
+        plan = plan_rotations(model_geometry(model.config), r5_block_size=size)
+        decoder, tap = FloatDecoder(model, plan), {}
+        x = decoder.embed(torch.arange(8)[None])
+        block_forward(decoder.block(0), decoder.shape, x, decoder.rope(8), tap=tap.__setitem__)
+        seen.append(tap)
+    without, with_r5 = seen
+    assert torch.equal(without["o"], without["attended"])
+    torch.testing.assert_close(with_r5["attended"], without["attended"])
+    expected = without["o"] @ hadamard_matrix(48).float().T
+    torch.testing.assert_close(with_r5["o"], expected, rtol=0, atol=1e-5)
 
 
 def test_sizes_without_construction_are_refused():
@@ -76,6 +106,8 @@ def test_sizes_without_construction_are_refused():
         plan_rotations(model_geometry(model.config))
     with pytest.raises(UnsupportedModelError, match="r4_block_size"):
         plan_rotations(model_geometry(tiny_family("llama").config), r4_block_size=32)
+    with pytest.raises(UnsupportedModelError, match="r5_block_size"):
+        plan_rotations(model_geometry(tiny_family("llama").config), r5_block_size=32)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,14 @@ def without_search():
 def components(bench: Workbench) -> Iterator[Row]:
     """The method built up part by part (W4A4KV4)."""
     plain = Setting(
-        "", rotate=False, balance=False, centre=False, prefix=(), solver="rtn", compensation=0
+        "",
+        rotate=False,
+        r5=False,
+        balance=False,
+        centre=False,
+        prefix=(),
+        solver="rtn",
+        compensation=0,
     )
     steps = (
         ("round to nearest, min-max static scales", {}, without_search),
@@ -77,6 +84,7 @@ def components(bench: Workbench) -> Iterator[Row]:
         ("+ prefix", {"prefix": None}, None),
         ("+ balance", {"balance": True}, None),
         ("+ centre", {"centre": True}, None),
+        ("+ R5", {"r5": True}, None),
         ("+ GPTQ", {"solver": "gptq"}, None),
         ("GPTQ -> QuantEase", {"solver": "quantease"}, None),
         ("+ compensation, RTN", {"solver": "rtn", "compensation": COMPENSATION}, None),

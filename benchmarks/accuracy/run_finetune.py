@@ -80,6 +80,7 @@ class Run:
             search_seqlen=RecipeConfig().search_seqlen,
             balance=arguments.balance,
             centre=arguments.centre,
+            r5_block_size=0 if arguments.r5 else 1,
             finetune=tuning,
         )
 
@@ -104,6 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("balance", "centre"):
         default = getattr(RecipeConfig(), name)
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default)
+    parser.add_argument("--r5", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--patience", type=int, default=defaults.patience)
     rates = ("weight_rate", "scale_rate", "e2e_weight_rate", "e2e_scale_rate", "e2e_prefix_rate")
     for name in rates:
@@ -156,7 +158,7 @@ class Measurement:
 
     def _decoder(self) -> FloatDecoder:
         model, recipe = self.bench.model, self.recipe
-        plan = plan_rotations(model_geometry(model.config), seed=recipe.seed)
+        plan = plan_rotations(model_geometry(model.config), **recipe.rotation_options)
         samples = Samples.draw(recipe, self.bench.calibration()).search
         return make_decoder(model, plan, samples, self.ids, recipe, self.bench.device)
 

@@ -40,6 +40,7 @@ class Setting:
     rotate: bool = True
     balance: bool = RecipeConfig().balance
     centre: bool = RecipeConfig().centre
+    r5: bool = True
     solver: str = RecipeConfig().solver
     compensation: float = COMPENSATION
     samples: int = RecipeConfig().search_samples
@@ -107,8 +108,15 @@ class Workbench:
             self.calibration(setting.text), setting.samples, length, setting.seed
         )
         geometry = model_geometry(self.model.config)
-        plan = plan_rotations(geometry, rotate=setting.rotate, seed=setting.seed)
-        recipe = RecipeConfig(scheme=scheme, balance=setting.balance, centre=setting.centre)
+        recipe = RecipeConfig(
+            scheme=scheme,
+            rotate=setting.rotate,
+            r5_block_size=0 if setting.r5 else 1,
+            balance=setting.balance,
+            centre=setting.centre,
+            seed=setting.seed,
+        )
+        plan = plan_rotations(geometry, **recipe.rotation_options)
         decoder = make_decoder(self.model, plan, samples, ids, recipe, self.device)
         prefix = decoder.prefix(ids)
         embedded = decoder.embed(samples)

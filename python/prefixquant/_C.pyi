@@ -19,6 +19,8 @@ class DecoderStep:
         rotation_size: int,
         mlp_signs: Tensor | None,
         mlp_size: int,
+        attention_signs: Tensor | None,
+        attention_size: int,
     ) -> None: ...
     def add_block(
         self,

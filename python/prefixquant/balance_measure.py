@@ -39,7 +39,7 @@ class _SquareSums:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, seen: dict[str, Tensor], mask: Tensor) -> None:
-        for name in ("q", "k", "o", "down"):
+        for name in ("q", "k", "attended", "down"):
             value = seen[name].transpose(1, 2) if name in "qk" else seen[name]  # [B, T, ...]
             total = value[mask].double().square().sum(0)
             self.sums[name] = self.sums.get(name, 0) + total
@@ -56,6 +56,6 @@ class _SquareSums:
         pairs = balanced_heads(k, q)
         return BlockBalance(
             inner=balanced(self.sums["down"], columns["down"]).float(),
-            value=balanced(by_kv_head(self.sums["o"]), by_kv_head(columns["o"])).float(),
+            value=balanced(by_kv_head(self.sums["attended"]), by_kv_head(columns["o"])).float(),
             key=torch.cat((pairs, pairs), -1).float(),
         )

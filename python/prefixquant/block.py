@@ -25,6 +25,7 @@ class BlockShape:
     geometry: Geometry
     r3_size: int
     r4_size: int
+    r5_size: int = 1
 
 
 @dataclass
@@ -57,9 +58,9 @@ class PrefixKV:
         return self.key.shape[1]
 
 
-# Called with the name of a point ("qkv", "o", "gate_up", "down", "mlp", "q", "k", "v") and the
-# tensor there, before quantization. "mlp" is the down_proj input before R4, where outliers are
-# defined.
+# Called with the name of a point ("qkv", "o", "gate_up", "down", "attended", "mlp", "q", "k", "v")
+# and the tensor there, before quantization. "mlp" is the down_proj input before R4, where outliers
+# are defined, "attended" the o_proj input before R5, head by head.
 Tap = Callable[[str, Tensor], None]
 
 
@@ -158,7 +159,7 @@ def attention_half(
     scales: BlockScales | None = None,
     tap: Tap = no_tap,
 ) -> Tensor:
-    """``x + o_proj(attention(q, k, v))`` for x [B, T, C]."""
+    """``x + o_proj(R5(attention(q, k, v)))`` for x [B, T, C]."""
     scales = scales or BlockScales()
     read = normed(block, shape, "qkv", x)
     tap("qkv", read)
@@ -168,6 +169,8 @@ def attention_half(
     k = quantize_heads(k, scales.k, scales.kv_bits, scales.kv_mode)
     v = quantize_heads(v, scales.v, scales.kv_bits, scales.kv_mode)
     mixed = attend(q, k, v, prefix)
+    tap("attended", mixed)
+    mixed = rotate_last_dim(mixed, shape.r5_size)
     tap("o", mixed)
     return x + linear(block, "o", quantize_point(mixed, "o", scales))
 

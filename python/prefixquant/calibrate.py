@@ -256,7 +256,8 @@ class _BlockQuantizer:
             return k, v
         queries = self._head_rows(q)
         logits = _grouped_metric(queries.transpose(1, 2) @ queries, geometry.kv_heads)
-        out = self.float_block.weights["o"].unflatten(-1, (geometry.heads, -1)).transpose(0, 1)
+        out = rotate_last_dim(self.float_block.weights["o"], self.shape.r5_size, inverse=True)
+        out = out.unflatten(-1, (geometry.heads, -1)).transpose(0, 1)
         outputs = _grouped_metric(out.transpose(1, 2) @ out, geometry.kv_heads)
         self.scales.k = search_head_scales(self._head_rows(k), logits, bits, mode)
         self.scales.v = search_head_scales(self._head_rows(v), outputs, bits, mode)
@@ -276,6 +277,7 @@ class _BlockQuantizer:
         q, k, v = project_qkv(block, self.shape, read, self.rope)
         k, v = self.kv(q, k, v)
         mixed = torch.cat([attend(*part, self.prefix) for part in _batches(q, k, v)])
+        mixed = rotate_last_dim(mixed, self.shape.r5_size)
         mixed = self.point("o", mixed, floating.middle - x)
         x = x + linear(block, "o", mixed)
         read = self._behind_norm("gate_up", x, floating.middle)

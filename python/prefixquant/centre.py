@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from prefixquant.roles import BlockWeights, Geometry
+from prefixquant.rotate import rotate_last_dim
 
 KEY_POSITIONS = 4096  # that the mean of the keys is an average over, or all where there are fewer
 
@@ -49,12 +50,15 @@ class BlockCentre:
 
     qkv: Tensor  # [C]: the normed residual stream before attention
     gate_up: Tensor  # [C]: and before the MLP
-    value: Tensor  # [H_kv, D]: attention's output
+    value: Tensor  # [H_kv, D]: attention's output, before R5
     key: Tensor | None = None  # [H_kv, D]: the keys behind RoPE and R3; None: not taken out
 
 
-def centre_block(block: BlockWeights, centre: BlockCentre, geometry: Geometry) -> BlockWeights:
-    """The same block, function for function, after its rotations. Every linear has a bias then."""
+def centre_block(
+    block: BlockWeights, centre: BlockCentre, geometry: Geometry, r5_size: int = 1
+) -> BlockWeights:
+    """The same block, function for function, after its rotations, R5 of ``r5_size`` among them. Every
+    linear has a bias then."""
     biases = dict(block.biases)
 
     def add(role: str, vector: Tensor) -> None:
@@ -69,7 +73,8 @@ def centre_block(block: BlockWeights, centre: BlockCentre, geometry: Geometry) -
         add(role, moved(role, centre.qkv))
     add("v", -centre.value.flatten())
     group = geometry.heads // geometry.kv_heads
-    add("o", moved("o", centre.value.repeat_interleave(group, 0).flatten()))
+    attended = centre.value.repeat_interleave(group, 0).flatten()
+    add("o", moved("o", rotate_last_dim(attended, r5_size)))
     for role in ("gate", "up"):
         add(role, moved(role, centre.gate_up))
     add("down", torch.zeros_like(block.post_norm))

@@ -11,7 +11,7 @@ from prefixquant.observe import observe_blocks
 from prefixquant.roles import Geometry
 from prefixquant.rotate import rotate_last_dim
 
-_POINTS = ("qkv", "o", "gate_up")
+_POINTS = ("qkv", "attended", "gate_up")
 
 
 def measure_centre(
@@ -61,7 +61,7 @@ def _turned_mean(mean: Tensor, rope: tuple[Tensor, Tensor], r3_size: int) -> Ten
 
 
 def _block_centre(means: dict[str, Tensor], key: Tensor | None, geometry: Geometry) -> BlockCentre:
-    heads = means["o"].view(geometry.kv_heads, -1, geometry.head_dim)
+    heads = means["attended"].view(geometry.kv_heads, -1, geometry.head_dim)
     vectors = {"qkv": means["qkv"], "gate_up": means["gate_up"], "value": heads.mean(1)}
     # Both 16-bit dtypes hold these values: what is stored is what the biases are made of.
     return BlockCentre(**{name: t.bfloat16().float() for name, t in vectors.items()}, key=key)

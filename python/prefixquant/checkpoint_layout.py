@@ -105,9 +105,14 @@ class ModelSizes:
             qk_norm=model_type == "qwen3",
         )
 
+    @property
+    def attended_size(self) -> int:
+        """The width of all heads: what o_proj reads."""
+        return self.num_heads * self.head_dim
+
     def linears(self) -> dict[str, tuple[int, int, bool]]:
         """name inside a layer -> (out features N, in features K, has a bias)."""
-        q = self.num_heads * self.head_dim
+        q = self.attended_size
         kv = self.num_kv_heads * self.head_dim
         hidden, intermediate = self.hidden_size, self.intermediate_size
         return {
@@ -192,12 +197,15 @@ def check_model_config(
         raise CheckpointError(
             f"{where}: rms_norm_eps expected a number between 0 and 1, got {short(eps)}"
         )
-    block = quantization.rotations.r4_block_size
-    if quantization.rotations.r4 and (block < 1 or sizes.intermediate_size % block):
-        raise CheckpointError(
-            f"{where}: r4_block_size expected a divisor of intermediate_size "
-            f"{sizes.intermediate_size}, got {block}"
-        )
+    rotations = quantization.rotations
+    for name, block, what, width in (
+        ("r4_block_size", rotations.r4_size, "intermediate_size", sizes.intermediate_size),
+        ("r5_block_size", rotations.r5_size, "the width of all heads", sizes.attended_size),
+    ):
+        if block < 1 or width % block:
+            raise CheckpointError(
+                f"{where}: {name} expected a divisor of {what} {width}, got {block}"
+            )
     bad = [t for t in quantization.prefix_token_ids if t >= sizes.vocab_size]
     if bad:
         raise CheckpointError(

@@ -126,11 +126,12 @@ def _from_dict(cls: type, data: dict[str, Any], where: str):
 
 @dataclass(frozen=True)
 class Rotations:
-    """Which Hadamard rotations the checkpoint's tensors contain (SpinQuant's R1-R4).
+    """Which Hadamard rotations the checkpoint's tensors contain (`prefixquant.rotate`).
 
-    R1 and R2 are folded into the weights; R3 (q and k after RoPE) and R4 (down_proj input) are
-    computed at run time. ``r4_block_size`` is the size of the R4 blocks: the intermediate size for
-    a full transform.
+    R1 and R2 are folded into the weights; R3 (q and k after RoPE), R4 (down_proj input) and R5
+    (o_proj input, across heads) are computed at run time. ``r4_block_size`` is the size of the R4
+    blocks: the intermediate size for a full transform; ``r5_block_size`` that of the R5 blocks: the
+    width of all heads for a full one.
     """
 
     r1: bool = True
@@ -138,13 +139,26 @@ class Rotations:
     r3: bool = True
     r4: bool = True
     r4_block_size: int = 0
+    r5: bool = False  # absent in checkpoints that are older than it
+    r5_block_size: int = 0
 
     def __post_init__(self):
-        for name in ("r1", "r2", "r3", "r4"):
+        for name in ("r1", "r2", "r3", "r4", "r5"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"rotations: {name} expected true or false")
-        if type(self.r4_block_size) is not int or self.r4_block_size < 0:
-            raise UserError("rotations: r4_block_size expected an integer >= 0")
+        for name in ("r4_block_size", "r5_block_size"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
+                raise UserError(f"rotations: {name} expected an integer >= 0")
+
+    @property
+    def r4_size(self) -> int:
+        """Of the R4 blocks; 1 is none."""
+        return self.r4_block_size if self.r4 else 1
+
+    @property
+    def r5_size(self) -> int:
+        """Of the R5 blocks; 1 is none."""
+        return self.r5_block_size if self.r5 else 1
 
 
 @dataclass(frozen=True)
@@ -315,6 +329,7 @@ class RecipeConfig:
     search_samples: int = 32
     search_seqlen: int = 1024
     r4_block_size: int = 0  # 0: the whole intermediate size
+    r5_block_size: int = 0  # of 4-bit activations; 0: all heads in one block, 1: no R5
     rotate: bool = True
     balance: bool = True  # even out channels before they are rotated (`prefixquant.balance`)
     centre: bool = True  # take means out of activations, K and V (`prefixquant.centre`)
@@ -337,13 +352,25 @@ class RecipeConfig:
         for name in ("nsamples", "seqlen", "search_samples", "search_seqlen"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.r4_block_size < 0:
-            raise UserError(f"r4_block_size: expected >= 0, got {self.r4_block_size}")
+        for name in ("r4_block_size", "r5_block_size"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}: expected >= 0, got {getattr(self, name)}")
         if self.finetune.active and (self.group_size or self.stored_outlier_fraction):
             raise UserError(
                 "epochs: fine-tuning trains one scale an output channel and no outliers, "
                 f"got solver {self.solver!r} with group_size {self.group_size}"
             )
+
+    @property
+    def rotation_options(self) -> dict[str, Any]:
+        """The arguments of `rotate.plan_rotations`. R5 is an operation more at run time, for an
+        error that activations of more than 4 bits do not have."""
+        return {
+            "rotate": self.rotate,
+            "r4_block_size": self.r4_block_size,
+            "r5_block_size": self.r5_block_size if self.scheme.activation_bits == 4 else 1,
+            "seed": self.seed,
+        }
 
     @property
     def centred(self) -> bool:

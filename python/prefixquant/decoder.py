@@ -70,7 +70,7 @@ class FloatDecoder:
         self.centre = centre
         self.roles = model_roles(model.config)
         self.geometry = model_geometry(model.config)
-        self.shape = BlockShape(self.geometry, plan.r3_size, plan.r4_size)
+        self.shape = BlockShape(self.geometry, plan.r3_size, plan.r4_size, plan.r5_size)
         self._blocks = model_blocks(model, self.roles)
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class FloatDecoder:
             wide = balance_block(wide, self.balance[index], self.geometry)
         rotated = rotate_block(wide, self.plan)
         if self.centre is not None:
-            rotated = centre_block(rotated, self.centre[index], self.geometry)
+            rotated = centre_block(rotated, self.centre[index], self.geometry, self.plan.r5_size)
         return rotated.to(dtype=self.dtype)
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ The integers are those of the checkpoint, packed as ``pack-quantized`` wants the
 32 / b values, value i at bits b i, unsigned with an offset of 2^(b-1). Activations and K/V are then
 16-bit, so the prefix has nothing to do and is left out, and so are R3, which cancels in q k^T, and
 the shift of the keys, which changes no softmax. R1
-and R2 are in the weights. R4 is an operation at run time that stock engines do not have: it is
-taken out of down_proj's weight, which leaves the 4-bit grid by that and is either rounded again, in
-groups of 128 columns, or kept in 16 bits. What a centred checkpoint subtracts behind its norms
+and R2 are in the weights. R4, and R5 of a checkpoint with 4-bit activations, are operations at run
+time that stock engines do not have: they are taken out of down_proj's and o_proj's weights, which
+leave the 4-bit grid by that and are either rounded again, in groups of 128 columns, or kept in 16
+bits. What a centred checkpoint subtracts behind its norms
 moves into the biases, ``W (x - m) + b = W x + (b - W m)``, which takes an architecture with a bias
 for every linear: llama.
 """
@@ -36,7 +37,7 @@ from prefixquant.packing import unpack_weight
 from prefixquant.progress import SILENT, Progress
 from prefixquant.quantizer import qrange
 from prefixquant.report import format_bytes
-from prefixquant.roles import POINT_OF, Roles, model_roles
+from prefixquant.roles import LINEARS, POINT_OF, Roles, model_roles
 from prefixquant.solvers import solve_rtn
 from prefixquant.solvers.weight import QuantizedWeight
 
@@ -55,12 +56,12 @@ def export_compressed_tensors(
 
     Args:
         path: a prefixquant checkpoint with weights of 4 or 8 bits.
-        down_proj: where R4 has to be taken out of it, ``"int4"`` rounds it again and ``"16bit"``
-            keeps the exact product.
+        down_proj: where R4 has to be taken out of it (and of o_proj where R5 has), ``"int4"``
+            rounds it again and ``"16bit"`` keeps the exact product.
 
     Returns:
-        ``down_proj_relative_error``: of rounding it again, |W' - W|^2 / |W|^2, block by block
-        (empty where it was not); ``bytes``: of the tensors.
+        ``down_proj_relative_error``, ``o_proj_relative_error``: of rounding them again,
+        |W' - W|^2 / |W|^2, block by block (empty where they were not); ``bytes``: of the tensors.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -98,18 +99,23 @@ def export_compressed_tensors(
         _write(checkpoint, view, output)
     return {
         "output": str(output),
-        "down_proj": down_proj if view.takes_out_r4 else "as it was",
-        "down_proj_relative_error": view.errors,
+        "down_proj": down_proj if view.online else "as it was",
+        "down_proj_relative_error": view.errors["down"],
+        "o_proj_relative_error": view.errors["o"],
         "bytes": sum(t.numel() * t.element_size() for t in view.tensors.values()),
     }
 
 
 def describe_export(report: dict[str, Any]) -> str:
     """The report of `export_compressed_tensors` as a line for people."""
-    errors = report["down_proj_relative_error"]
-    mean = f", relative error {sum(errors) / len(errors):.2g}" if errors else ""
-    size = format_bytes(report["bytes"])
-    return f"{report['output']}: {size}, down_proj {report['down_proj']}{mean}"
+    size, how = format_bytes(report["bytes"]), report["down_proj"]
+    line = f"{report['output']}: {size}, down_proj {how}"
+    for name in ("down_proj", "o_proj"):
+        errors = report[f"{name}_relative_error"]
+        if errors:
+            line += ", o_proj too" if name == "o_proj" else ""
+            line += f", relative error {sum(errors) / len(errors):.2g}"
+    return line
 
 
 class _View:
@@ -120,22 +126,23 @@ class _View:
         self.source = checkpoint.tensors
         self.quantization = checkpoint.quantization
         self.dtype = self.source["lm_head.weight"].dtype
-        rotations = self.quantization.rotations
-        self.r4_size = rotations.r4_block_size if rotations.r4 else 1
-        self.takes_out_r4 = self.r4_size > 1
-        self.keeps_down = self.takes_out_r4 and down_proj == "16bit"
+        rotations, sizes = self.quantization.rotations, checkpoint.sizes
+        online = {"o": rotations.r5_size, "down": rotations.r4_size}
+        # role -> the size of the blocks to be taken out of its weight
+        self.online = {role: size for role, size in online.items() if size > 1}
+        self.keeps = down_proj == "16bit"
+        widths = {"o": sizes.attended_size, "down": sizes.intermediate_size}
+        self.groups = {role: 0 if widths[role] % _GROUP else _GROUP for role in self.online}
         self.tensors: dict[str, Tensor] = {}
-        self.errors: list[float] = []
-        intermediate = checkpoint.sizes.intermediate_size
-        self.down_group = _GROUP if intermediate % _GROUP == 0 else 0
+        self.errors: dict[str, list[float]] = {"o": [], "down": []}
 
     def add_block(self, index: int, roles: Roles) -> None:
         block = f"{roles.blocks}.{index}"
         for role, path in roles.linears.items():
             name = f"{block}.{path}"
             weight = unpack_weight(self.source, name, self.quantization.weight_bits)
-            if role == "down" and self.takes_out_r4:
-                self._add_down(name, weight)
+            if role in self.online:
+                self._add_unrotated(role, name, weight)
             else:
                 self._add(name, weight)
             if f"{name}.bias" in self.source:
@@ -157,14 +164,14 @@ class _View:
         self.tensors[f"{name}.weight_scale"] = scale.to(self.dtype)
         self.tensors[f"{name}.weight_shape"] = torch.tensor(weight.q.shape)
 
-    def _add_down(self, name: str, weight: QuantizedWeight) -> None:
-        plain = without_hadamard(weight.dequantize(), self.r4_size)
-        if self.keeps_down:
+    def _add_unrotated(self, role: str, name: str, weight: QuantizedWeight) -> None:
+        plain = without_hadamard(weight.dequantize(), self.online[role])
+        if self.keeps:
             self.tensors[f"{name}.weight"] = plain.to(self.dtype)
             return
-        again = solve_rtn(plain, weight.bits, group_size=self.down_group)
+        again = solve_rtn(plain, weight.bits, group_size=self.groups[role])
         difference = (again.dequantize() - plain).square().sum() / plain.square().sum()
-        self.errors.append(difference.item())
+        self.errors[role].append(difference.item())
         self._add(name, again)
 
     def config(self) -> dict[str, Any]:
@@ -184,16 +191,21 @@ class _View:
                 weights["group_size"] = group_size
             return {"targets": targets, "weights": weights}
 
-        down = r"re:.*\.down_proj$"
-        groups = {"group_0": scheme(["Linear"], group)}
         ignore = ["lm_head"]
-        if self.keeps_down:
-            ignore.append(down)
-        elif self.takes_out_r4 and self.down_group != group:
-            others = r"re:.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj)$"
+        if self.keeps:
+            ignore += [_linears([role]) for role in self.online]
+        sizes = dict.fromkeys(LINEARS, group)
+        if not self.keeps:
+            sizes |= self.groups
+        if len(set(sizes.values())) == 1:
+            groups = {"group_0": scheme(["Linear"], group)}
+        else:
+            by_size: dict[int, list[str]] = {}
+            for role, size in sizes.items():
+                by_size.setdefault(size, []).append(role)
             groups = {
-                "group_0": scheme([others], group),
-                "group_1": scheme([down], self.down_group),
+                f"group_{i}": scheme([_linears(roles)], size)
+                for i, (size, roles) in enumerate(by_size.items())
             }
         return {
             "quant_method": "compressed-tensors",
@@ -202,6 +214,12 @@ class _View:
             "config_groups": groups,
             "ignore": ignore,
         }
+
+
+def _linears(roles: list[str]) -> str:
+    """What the format calls the linears of these roles."""
+    names = "|".join(f"{role}_proj" for role in roles)
+    return rf"re:.*\.({names})$" if len(roles) > 1 else rf"re:.*\.{names}$"
 
 
 def pack_int32(q: Tensor, bits: int) -> Tensor:
@@ -245,12 +263,18 @@ def _write(checkpoint: Checkpoint, view: _View, output: Path) -> None:
 
 def _card(checkpoint: Checkpoint, view: _View) -> str:
     bits = checkpoint.quantization.weight_bits
-    if not view.takes_out_r4:
+    names = " and ".join(f"{role}_proj" for role in view.online)
+    many = len(view.online) > 1
+    if not view.online:
         down = ""
-    elif view.keeps_down:
-        down = " down_proj is 16-bit."
+    elif view.keeps:
+        down = f" {names} {'are' if many else 'is'} 16-bit."
     else:
-        down = f" down_proj was rounded again in groups of {view.down_group} columns."
+        how = " and ".join(
+            f"in groups of {size} columns" if size else "by channels"
+            for size in dict.fromkeys(view.groups.values())
+        )
+        down = f" {names} {'were' if many else 'was'} rounded again {how}."
     return (
         "---\nlibrary_name: transformers\ntags:\n- compressed-tensors\n---\n\n"
         f"# A W{bits}A16 view of a prefixquant checkpoint\n\n"

@@ -19,7 +19,7 @@ from torch import Tensor
 from prefixquant import checkpoint_layout
 from prefixquant.block import BlockShape, PrefixKV, block_forward
 from prefixquant.calibrate import Streams, calibrate_block
-from prefixquant.config import QuantizationConfig, RecipeConfig, Rotations
+from prefixquant.config import QuantizationConfig, RecipeConfig
 from prefixquant.report import peak_memory_bytes, report_head
 from prefixquant.roles import LINEARS, BlockWeights, Geometry, model_geometry, model_roles
 from prefixquant.rotate import plan_rotations
@@ -40,9 +40,7 @@ def plan_report(
     """
     model_roles(config)
     geometry = model_geometry(config)
-    rotations = plan_rotations(
-        geometry, rotate=recipe.rotate, r4_block_size=recipe.r4_block_size, seed=recipe.seed
-    )
+    rotations = plan_rotations(geometry, **recipe.rotation_options)
     sizes = checkpoint_layout.ModelSizes.from_config(config.to_dict(), model)
     # The prefix is found during the run; one token is the usual length and its size hardly counts.
     length = 0 if recipe.prefix == "none" else 1
@@ -50,7 +48,7 @@ def plan_report(
         weight_bits=recipe.scheme.weight_bits,
         activation_bits=recipe.scheme.activation_bits,
         kv_bits=recipe.scheme.kv_bits,
-        rotations=Rotations(r4_block_size=recipe.r4_block_size or geometry.intermediate),
+        rotations=rotations.rotations,
         prefix_token_ids=(0,) * length,
         prefix_text=("",) * length,
         prefix_mode=recipe.prefix,
@@ -64,7 +62,7 @@ def plan_report(
         centred_keys=recipe.centred_keys,
     )
     storage = checkpoint_layout.storage(sizes, quantization)
-    shape = BlockShape(geometry, rotations.r3_size, rotations.r4_size)
+    shape = BlockShape(geometry, rotations.r3_size, rotations.r4_size, rotations.r5_size)
     return {
         **report_head("dry-run", sys.argv),
         "model": model,

@@ -149,9 +149,7 @@ def _plan(model: nn.Module, recipe: RecipeConfig) -> RotationPlan:
     model_roles(model.config)
     geometry = model_geometry(model.config)
     _check_sizes(geometry, recipe)
-    return plan_rotations(
-        geometry, rotate=recipe.rotate, r4_block_size=recipe.r4_block_size, seed=recipe.seed
-    )
+    return plan_rotations(geometry, **recipe.rotation_options)
 
 
 def _check_sizes(geometry: Geometry, recipe: RecipeConfig) -> None:

@@ -202,7 +202,9 @@ def describe_plan(plan: Mapping[str, Any]) -> str:
 def describe_checkpoint(report: Mapping[str, Any]) -> str:
     quantization, sizes = report["quantization"], report["architecture"]
     rotations = quantization["rotations"]
-    names = [name.upper() for name in ("r1", "r2", "r3", "r4") if rotations[name]]
+    names = [name.upper() for name in ("r1", "r2", "r3", "r4", "r5") if rotations[name]]
+    online = [name for name in ("r4", "r5") if rotations[name]]
+    blocks = [f"{name.upper()} {rotations[f'{name}_block_size']}" for name in online]
     lines = [
         f"{report['path']}: prefixquant checkpoint, format {quantization['format_version']}",
         f"model      {sizes['model_type']}, {sizes['num_layers']} layers, hidden "
@@ -213,7 +215,7 @@ def describe_checkpoint(report: Mapping[str, Any]) -> str:
         f"{quantization['producer']}",
         f"prefix     {describe_prefix(quantization)}",
         f"rotations  {', '.join(names) or 'none'}"
-        + (f" (R4 blocks of {rotations['r4_block_size']})" if rotations["r4"] else "")
+        + (f" (blocks of {', '.join(blocks)})" if blocks else "")
         + ("; centred" if quantization.get("centred") else "")
         + (", keys too" if quantization.get("centred_keys") else ""),
         f"tensors    {report['tensors']}",

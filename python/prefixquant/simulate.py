@@ -38,7 +38,8 @@ class SimulatedModel:
         self.shape = BlockShape(
             self.geometry,
             self.geometry.head_dim if rotations.r3 else 1,
-            rotations.r4_block_size if rotations.r4 else 1,
+            rotations.r4_size,
+            rotations.r5_size,
         )
         self.rotary = _rotary_embedding(self.config).to(self.device)
         self.blocks = [self._block(i) for i in range(self.geometry.layers)]

@@ -125,6 +125,8 @@ class SparseOutliers(FixedDtypeModule):
 class QuantLinear(FixedDtypeModule):
     """``y = (q(x) @ W_q.T) * (input_scale * weight_scale) + bias`` on packed weights.
 
+    With a ``rotation`` H, ``q(H x)``.
+
     x is an int8 container [..., K] that was quantized where it was made, or floating [..., K] and
     is quantized here. With 16-bit activations the weight is dequantized for the product. With
     dynamic activations x is floating and each row has a scale of its own, applied to the sums.
@@ -138,6 +140,7 @@ class QuantLinear(FixedDtypeModule):
         weight_bits: None takes 4 for uint8 and 8 for int8.
         outliers: what is added to the weight, or None.
         stored_dtype: the checkpoint's 16-bit dtype, for `usual_dtype`.
+        rotation: of x, which is floating then; None for none.
     """
 
     def __init__(  # noqa: PLR0913 - what a checkpoint holds
@@ -153,8 +156,10 @@ class QuantLinear(FixedDtypeModule):
         weight_bits: int | None = None,
         outliers: SparseOutliers | None = None,
         stored_dtype: torch.dtype | None = None,
+        rotation: Rotation | None = None,
     ):
         super().__init__(compute_dtype, weight.device, stored_dtype)
+        self.rotation = rotation
         self.dynamic = activation_mode == "dynamic"
         self._clip = input_scale.item() if self.dynamic else None
         self.weight_bits = weight_bits or (4 if weight.dtype == torch.uint8 else 8)
@@ -173,18 +178,23 @@ class QuantLinear(FixedDtypeModule):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._gemm is None:
-            return self._weight_only(x)
-        if self.dynamic:
-            return self._by_row(x)
+        if self._gemm is None or self.dynamic:
+            x = x if self.rotation is None else self.rotation(x)
+            return self._by_row(x) if self.dynamic else self._weight_only(x)
         if x.is_floating_point():
-            x = ops.quantize_static(x, self.input_scale, self.activation_bits)
+            x = self._quantized(x)
         y = self._gemm(
             x, self.weight, self.weight_scale, self.input_scale, self.bias, self.compute_dtype
         )
         if self.outliers is not None:
             y += (self.outliers.product(x) * self.input_scale).to(y.dtype)
         return y
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        scale, bits = self.input_scale, self.activation_bits
+        if self.rotation is None:
+            return ops.quantize_static(x, scale, bits)
+        return ops.hadamard_quantize(x, self.rotation.signs, self.rotation.size, scale, bits)
 
     def _by_row(self, x: Tensor) -> Tensor:
         """The comparison mode: one more pass over y for the rows' scales."""

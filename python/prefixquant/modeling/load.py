@@ -165,7 +165,8 @@ class _Builder:
         head_dim = checkpoint.specs["model.layers.0.self_attn.q_proj.weight_scale"].shape[0]
         head_dim //= config.num_attention_heads
         self.r3 = Rotation(head_dim if rotations.r3 else 1).to(device)
-        self.r4 = Rotation(rotations.r4_block_size if rotations.r4 else 1).to(device)
+        self.r4 = Rotation(rotations.r4_size).to(device)
+        self.r5 = Rotation(rotations.r5_size).to(device) if rotations.r5_size > 1 else None
 
     def tensor(self, name: str) -> Tensor:
         return self.tensors[name].to(self.device)
@@ -192,6 +193,7 @@ class _Builder:
             compute_dtype=self.dtype,
             activation_mode=self.scheme.activation_mode,
             stored_dtype=self.stored_dtype,
+            rotation=self.r5 if linear_roles == ("o",) else None,
         )
 
     def _outliers(self, paths: list[str]) -> SparseOutliers | None:

@@ -3,8 +3,9 @@
 
 q, k, v, gate and up are cut by output channels, o_proj and down_proj by input channels; the sums of
 these two are added up across ranks. K/V scales, the keys' shift and the prefix are cut by KV head.
-Static scales of activations are one per tensor and need no maximum across ranks. R4 mixes channels,
-so its blocks must fit a rank's part: quantize with ``--r4-block-size``.
+Static scales of activations are one per tensor and need no maximum across ranks. R4 mixes channels
+and R5 heads, so their blocks must fit a rank's part: quantize with ``--r4-block-size`` and
+``--r5-block-size``.
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,17 +39,20 @@ class Shard:
         """
         sizes, quantization = checkpoint.sizes, checkpoint.quantization
         rotations = quantization.rotations
-        block = rotations.r4_block_size if rotations.r4 else 1
         if sizes.num_kv_heads % self.size:
             raise UserError(
                 "tensor parallel: expected a number of ranks that divides the "
                 f"{sizes.num_kv_heads} KV heads, got {self.size}"
             )
-        if sizes.intermediate_size % (self.size * block):
-            raise UserError(
-                f"tensor parallel: R4 blocks of {block} do not fit the {self.size} parts of "
-                f"{sizes.intermediate_size} channels; quantize with a smaller --r4-block-size"
-            )
+        for name, block, width in (
+            ("R4", rotations.r4_size, sizes.intermediate_size),
+            ("R5", rotations.r5_size, sizes.attended_size),
+        ):
+            if width % (self.size * block):
+                raise UserError(
+                    f"tensor parallel: {name} blocks of {block} do not fit the {self.size} parts "
+                    f"of {width} channels; quantize with a smaller --{name.lower()}-block-size"
+                )
         if quantization.outlier_fraction or quantization.group_size:
             raise UserError("tensor parallel: expected weights without groups and outliers")
 

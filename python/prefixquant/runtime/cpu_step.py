@@ -61,6 +61,8 @@ class CpuStep:
             rotation_size=weights.rotation.size,
             mlp_signs=weights.mlp_rotation.signs,
             mlp_size=weights.mlp_rotation.size,
+            attention_signs=weights.attention_rotation.signs,
+            attention_size=weights.attention_rotation.size,
         )
         for layer, block in enumerate(weights.blocks):
             step.add_block(

@@ -2,12 +2,13 @@
 """The decoder: how tokens become logits, on the fused operations of `prefixquant.ops`.
 
 A step works on flat tokens: T tokens of one or more sequences side by side, [T, C], without
-padding. Nine operations a block (`Decoder._queries` to `Decoder._behind_attention`)::
+padding. Nine operations a block (`Decoder._queries` to `Decoder._behind_attention`), ten with R5::
 
     rmsnorm_quantize          hidden -> int8
     gemm_fused                q, k, v as one product
     rope_kv_append            RoPE and R3; k and v quantized into the cache
-    kv_decode_attention       over [prefix | cache], quantized for the next product
+    kv_decode_attention       over [prefix | cache], quantized for the next product, or
+      hadamard_quantize       R5 of it -> int8
     gemm_fused                o projection + residual
     rmsnorm_quantize          hidden -> int8
     gemm_fused                gate and up as one product
@@ -132,7 +133,7 @@ class Decoder:
     def _attend_chunk(self, layer: int, q: Tensor, cache: StaticCache, chunk: Chunk) -> Tensor:
         """q [T, Hq, D] -> int8 [T, Hq * D]"""
         block = self.weights.blocks[layer]
-        return ops.kv_prefill_attention(
+        attended = ops.kv_prefill_attention(
             q,
             cache.keys[layer],
             cache.values[layer],
@@ -145,9 +146,10 @@ class Decoder:
             self.scaling,
             chunk.sequence,
             counts=chunk.counts,
-            output_scale=block.o.input_scale,
+            output_scale=self._attended_scale(block),
             output_bits=block.o.bits[1],
         )
+        return self._rotated(block, attended)
 
     # ---- one token of each sequence ----
 
@@ -180,7 +182,7 @@ class Decoder:
     ) -> Tensor:
         """q [B, Hq, D] -> int8 [B, Hq * D]; ``pages`` int32 [B, 1], None: page b."""
         block = self.weights.blocks[layer]
-        return ops.kv_decode_attention(
+        attended = ops.kv_decode_attention(
             q,
             cache.keys[layer],
             cache.values[layer],
@@ -193,9 +195,10 @@ class Decoder:
             self.weights.kv_bits,
             max_length,
             self.scaling,
-            block.o.input_scale,
+            self._attended_scale(block),
             block.o.bits[1],
         )
+        return self._rotated(block, attended)
 
     # ---- both ----
 
@@ -229,6 +232,19 @@ class Decoder:
             cache.values[layer],
             slots,
             weights.geometry.heads,
+        )
+
+    def _attended_scale(self, block: Block) -> Tensor | None:
+        """What attention quantizes its output with; None where R5 comes first."""
+        return block.o.input_scale if self.weights.attention_rotation.size == 1 else None
+
+    def _rotated(self, block: Block, attended: Tensor) -> Tensor:
+        """What the o projection reads, int8 [T, Hq * D], of attention's output."""
+        r5 = self.weights.attention_rotation
+        if r5.size == 1:
+            return attended
+        return ops.hadamard_quantize(
+            attended, r5.signs, r5.size, block.o.input_scale, block.o.bits[1]
         )
 
     def _behind_attention(self, block: Block, hidden: Tensor, attended: Tensor) -> Tensor:

@@ -98,7 +98,8 @@ def random_weights(
     seed: int = 0,
 ) -> Weights:
     """`Weights` of a configuration with random values whose activations stay of order 1; centred,
-    as checkpoints are by default.
+    rotated as checkpoints
+    are by default.
 
     Args:
         scheme: static activations of 4 or 8 bits, weights of 4 or 8.
@@ -138,6 +139,9 @@ class _Maker:
             kv_bits=self.scheme.kv_bits,
             rotation=rotation(g.head_dim, self.device),
             mlp_rotation=rotation(g.intermediate, self.device),
+            attention_rotation=rotation(
+                g.heads * g.head_dim if self.scheme.activation_bits == 4 else 1, self.device
+            ),
             embedding=embedding,
             blocks=[self.block(config.model_type == "qwen3") for _ in range(g.layers)],
             final_norm=torch.ones(g.hidden, dtype=self.dtype, device=self.device),

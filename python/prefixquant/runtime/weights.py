@@ -98,6 +98,7 @@ class Weights:
     kv_bits: int
     rotation: Rotation  # R3, of queries and keys
     mlp_rotation: Rotation  # R4, of the down projection's input
+    attention_rotation: Rotation  # R5, of the o projection's
     embedding: Tensor  # 16-bit [V, C]
     blocks: list[Block]
     final_norm: Tensor  # [C]
@@ -236,7 +237,8 @@ class _Reader:
             config=self.config,
             kv_bits=self.kv_bits,
             rotation=rotation(self.geometry.head_dim if rotations.r3 else 1, self.device),
-            mlp_rotation=rotation(rotations.r4_block_size if rotations.r4 else 1, self.device),
+            mlp_rotation=rotation(rotations.r4_size, self.device),
+            attention_rotation=rotation(rotations.r5_size, self.device),
             embedding=self.tensor(f"{roles.embedding}.weight"),
             blocks=[self.block(index) for index in range(self.geometry.layers)],
             final_norm=final_norm,
