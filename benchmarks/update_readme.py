@@ -142,6 +142,8 @@ def finetune_summary(results: list[dict]) -> list[dict]:
                     "averaged": tuning.get("e2e_average"),
                     "centred": recipe.get("centre"),
                     "keys too": recipe.get("centred_keys"),
+                    "R5": recipe.get("r5_block_size", 1) != 1
+                    and recipe["scheme"]["activation_bits"] == 4,
                 }
                 parts = [f"{tuning['epochs']} + {tuning['e2e_epochs']}"]
                 epochs = ", ".join(parts + [mark for mark, set_ in marks.items() if set_])
@@ -158,7 +160,8 @@ def finetune_summary(results: list[dict]) -> list[dict]:
                     "norms and the prefix's K/V too where its row says so; where that is mixed, it "
                     "strings the samples together anew every epoch and cuts them elsewhere; where "
                     "averaged, it keeps the running mean of what it trains. Rows that do not say "
-                    "centred are of before means were taken out; keys too: also that of the keys.",
+                    "centred are of before means were taken out; keys too: also that of the keys; "
+                    "R5: o_proj's input is rotated across heads.",
                 },
             )
             label = phase + (f" ({extras} too)" if extras and phase.startswith("then") else "")
@@ -168,6 +171,26 @@ def finetune_summary(results: list[dict]) -> list[dict]:
     for table in tables.values():
         table["rows"].sort(key=lambda row: (row[0] != "FLOAT", row[0]))
     return list(tables.values())
+
+
+def finetune_best(table: dict) -> dict:
+    """Of `finetune_summary`, the training of each setting that ended best, and the float models
+    behind the same prefixes."""
+    trained: dict[tuple, list[list]] = {}
+    for row in table["rows"]:
+        if row[0] != "FLOAT":
+            trained.setdefault((row[0], row[1], row[2]), []).append(row)
+    best: dict[tuple, list[list]] = {}
+    for (setting, *_), rows in trained.items():
+        if setting not in best or rows[-1][4] < best[setting][-1][4]:
+            best[setting] = rows
+    prefixes = {row[1] for rows in best.values() for row in rows}
+    floats = {row[1]: row for row in table["rows"] if row[0] == "FLOAT" and row[1] in prefixes}
+    rows = [*floats.values(), *(row for rows in best.values() for row in rows)]
+    note = (
+        "KL divergence and top-1 agreement are against the float model behind the verified prefix."
+    )
+    return {**table, "table": "finetune-best", "rows": rows, "note": note}
 
 
 _ENGINE_CASES = {  # label -> (case, key)
@@ -243,7 +266,9 @@ def load_results(folder: Path) -> list[dict]:
     found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.rglob("*.json"))]
     found = [r for r in found if isinstance(r, dict)]
     tuned = [r for r in found if r.get("table") == "finetune"]
-    results = [r for r in found if "table" in r and r not in tuned] + finetune_summary(tuned)
+    summaries = finetune_summary(tuned)
+    results = [r for r in found if "table" in r and r not in tuned] + summaries
+    results += [finetune_best(table) for table in summaries]
     results += [solver_summary(r) for r in found if r.get("experiment") == "weight-only solvers"]
     results += [engine_summary(r) for r in results if r["table"] == "engine"]
     return results + [gemm_summary(r) for r in results if r["table"] == "gemm_w4"]

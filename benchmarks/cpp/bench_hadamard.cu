@@ -26,8 +26,9 @@
 namespace prefixquant::bench {
 namespace {
 
-// Launches every configuration, or the chosen one; returns how many are wrong.
-int check(const Case& c, int& launches, bool chosen = false) {
+// Launches every configuration, or where wgmma_ctas > 0 only kWgmma with so many CTAs; returns how
+// many are wrong.
+int check(const Case& c, int& launches, int64_t wgmma_ctas = 0) {
   const size_t count = c.rows * c.cols;
   const auto x = to_bf16(normal_rows(c.rows, c.cols, true));
   const auto up = to_bf16(normal_rows(c.rows, c.cols, false));
@@ -49,7 +50,10 @@ int check(const Case& c, int& launches, bool chosen = false) {
   p.out = probe.data();
   int failed = 0;
   auto configs = configs_of(p);
-  if (chosen) configs.resize(1);
+  if (wgmma_ctas > 0) {
+    configs = {hadamard_wgmma_config(p, true, current_hadamard_device())};
+    configs[0].grid = std::min(configs[0].grid, wgmma_ctas);
+  }
   for (const HadamardConfig& config : configs) {
     const Buffer<uint8_t> out(c.scaling == RowScale::kNone ? 2 * count : count);
     p.out = out.data();
@@ -117,10 +121,14 @@ int check_all(Size size, int only_k, int64_t only_pow2) {
     }
   }
   if ((!only_k || only_k == 108) && (!only_pow2 || only_pow2 == 256)) {
-    // Two rounds of the SMs, each CTA with a staged x, and four rows that are another launch.
+    // CTAs that walk, each with a staged x.
+    for (const bool swiglu : {false, true}) {
+      failed += check({10, 27648, 27648, 108, swiglu, swiglu ? kStatic : kNone}, launches, 4);
+    }
+    // Two rounds of the SMs, and four rows that are another launch.
     const int64_t rows = 2 * current_hadamard_device().sm_count + 4;
-    failed += check({rows, 27648, 27648, 108, true, kStatic}, launches, few);
     if (!few) {
+      failed += check({rows, 27648, 27648, 108, true, kStatic}, launches);
       failed += check({rows, 27648, 27648, 108, true, kDynamic}, launches);
       failed += check({rows, 27648, 27648, 108, false, kNone}, launches);
     }

@@ -48,9 +48,7 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
     search_seqlen: Annotated[int, typer.Option(help="Tokens of such a window.")] = 1024,
     eta: Annotated[float, typer.Option(help="Outlier: abs-max above eta medians.")] = 64.0,
     r4_block_size: Annotated[int, typer.Option(help="Block of down_proj's Hadamard; 0: one.")] = 0,
-    r5_block_size: Annotated[
-        int, typer.Option(help="Block of o_proj's, of 4-bit activations; 0: all heads, 1: none.")
-    ] = 0,
+    r5_block_size: Annotated[int, typer.Option(help="Block of o_proj's; 1: none.")] = 0,
     epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning each block.")] = 0,
     e2e_epochs: Annotated[int, typer.Option(help="Epochs of training all blocks together.")] = 0,
     train_samples: Annotated[

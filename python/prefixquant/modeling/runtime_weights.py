@@ -39,6 +39,7 @@ def runtime_weights(model: nn.Module) -> Weights:
     _check(model)
     kv: KVQuantizer = blocks[0].get_submodule(roles.attention).kv_quantizer
     mlp: QuantMLP = blocks[0].get_submodule(roles.mlp)
+    o: QuantLinear = blocks[0].get_submodule(roles.linears["o"])
     embedding: SixteenBitEmbedding = model.get_submodule(roles.embedding)
     head: SixteenBitHead = model.get_submodule(roles.head)
     dtype = embedding.compute_dtype
@@ -48,6 +49,7 @@ def runtime_weights(model: nn.Module) -> Weights:
         kv_bits=kv.bits,
         rotation=_rotation(kv.rotation),
         mlp_rotation=_rotation(mlp.rotation),
+        attention_rotation=_rotation(o.rotation),
         embedding=embedding.weight,
         blocks=[_block(block, roles, dtype) for block in blocks],
         final_norm=model.get_submodule(roles.final_norm).weight.detach(),
@@ -102,8 +104,8 @@ def _norm(norm: QuantRMSNorm, dtype: torch.dtype) -> Norm:
     return Norm(weight, norm.eps, norm.input_scale, norm.bits, norm.shift)
 
 
-def _rotation(rotation: RotationModule) -> Rotation:
-    return Rotation(rotation.size, rotation.signs)
+def _rotation(rotation: RotationModule | None) -> Rotation:
+    return Rotation(1, None) if rotation is None else Rotation(rotation.size, rotation.signs)
 
 
 def _linear(linear: QuantLinear) -> Linear:
