@@ -49,8 +49,14 @@ SETTINGS = (
     "w4a4kv4:none:plain",
 )
 # Static quantization as in PrefixQuant without fine-tuning: rounded weights, nothing compensated,
-# balanced or centred.
-PLAIN = {"solver": "rtn", "compensation": 0.0, "balance": False, "centre": False}
+# balanced or centred, no R5.
+PLAIN = {
+    "solver": "rtn",
+    "compensation": 0.0,
+    "r5_block_size": 1,
+    "balance": False,
+    "centre": False,
+}
 REFERENCE = "float, verified prefix"
 
 

@@ -57,8 +57,11 @@ class BlockCentre:
 def centre_block(
     block: BlockWeights, centre: BlockCentre, geometry: Geometry, r5_size: int = 1
 ) -> BlockWeights:
-    """The same block, function for function, after its rotations, R5 of ``r5_size`` among them. Every
-    linear has a bias then."""
+    """The same block, function for function, after its rotations. Every linear has a bias then.
+
+    Args:
+        r5_size: the size of the R5 blocks that o_proj's columns are rotated in; 1 is none.
+    """
     biases = dict(block.biases)
 
     def add(role: str, vector: Tensor) -> None:

@@ -10,11 +10,11 @@ With H_n the orthonormal Hadamard matrix of `prefixquant.hadamard` and S a diago
 - R4, input of down_proj: ``H d`` in blocks, at run time; its inverse is folded into down_proj here.
 - R5, input of o_proj: ``H o`` in blocks of heads, at run time; its inverse is folded into o_proj
   here. Heads of one token differ in size, and each of them from token to token: behind R2 alone a
-  scale that all share fits few of them. SmolLM2-135M with static 4-bit activations: o_proj's outputs
-  err by 2.1 % in place of 4.3 (qkv 1.7, gate and up 2.1, down 1.3).
+  scale that all share fits few of them. SmolLM2-135M with static 4-bit activations: the squared
+  error of o_proj's outputs is 2.1 % in place of 4.3 (q, k and v 1.7, gate and up 2.1, down 1.3).
 
-R1-R4 are those of SpinQuant (arXiv 2405.16406, section 3), R5 is QuaRot's (arXiv 2404.00456, section
-4: the online Hadamard across heads).
+R1-R4 are those of SpinQuant (arXiv 2405.16406, section 3); R5 is the online Hadamard across heads
+of QuaRot (arXiv 2404.00456, section 4).
 
 RMSNorm weights are folded into the linears that follow, so that R1 commutes with the norm.
 """
