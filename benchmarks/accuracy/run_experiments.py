@@ -25,6 +25,7 @@ from prefixquant.report import replace_files, report_json
 from prefixquant.solvers import QuantizedWeight, WeightSolver
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from accuracy.point_errors import PointErrors
 from accuracy.workbench import Setting, Workbench, add_arguments
 from provenance import commit
 
@@ -180,6 +181,15 @@ def eta(bench: Workbench) -> Iterator[Row]:
             yield columns, lambda m=mode, t=threshold: found(m, t)
 
 
+def points(bench: Workbench) -> Iterator[Row]:
+    """Squared errors of 4-bit activations in the outputs of what reads them, by point, in %."""
+    for r5, which in ((False, ("qkv", "o", "gate_up", "down")), (True, ("o",))):
+        errors = PointErrors(bench, r5)
+        for point in which:
+            label = f"{point}, R5" if r5 else point
+            yield {"point": label}, lambda e=errors, p=point: e.figures[p]
+
+
 def seeds(bench: Workbench) -> Iterator[Row]:
     """Calibration windows and rotation signs of three seeds."""
     for scheme in ("w4a4kv4", "w4a8kv4"):
@@ -229,11 +239,12 @@ EXPERIMENTS: dict[str, Experiment] = {
     "prefix-content": prefix_content,
     "eta": eta,
     "seeds": seeds,
+    "points": points,
 }
 
 
 def rounded(row: dict) -> dict:
-    digits = {"ppl": 2, "kl": 4, "top1": 3}
+    digits = {"ppl": 2, "kl": 4, "top1": 3, "static": 2, "dynamic": 2, "spread": 2}
     return {key: round(v, digits[key]) if key in digits else v for key, v in row.items()}
 
 
