@@ -2,6 +2,7 @@
 """What 4-bit scales cost at each activation point of the float model, static and dynamic."""
 
 import torch
+from accuracy.workbench import Workbench
 from prefixquant.calibrate import search_activation_scale
 from prefixquant.config import RecipeConfig, Scheme
 from prefixquant.counted import Counted
@@ -12,8 +13,6 @@ from prefixquant.roles import POINTS, model_geometry
 from prefixquant.rotate import plan_rotations
 from prefixquant.text import sample_windows
 from torch import Tensor
-
-from accuracy.workbench import Workbench
 
 _BITS = 4
 _WINDOWS = 4  # of 1024 tokens, other ones than balance and centre are measured on
