@@ -181,6 +181,12 @@ def eta(bench: Workbench) -> Iterator[Row]:
             yield columns, lambda m=mode, t=threshold: found(m, t)
 
 
+def heads_rotation(bench: Workbench) -> Iterator[Row]:
+    """R5, the rotation of o_proj's input across heads (W4A4KV4, verified prefix)."""
+    for r5 in (False, True):
+        yield _measured(bench, Setting("with R5" if r5 else "without", r5=r5))
+
+
 def points(bench: Workbench) -> Iterator[Row]:
     """Squared errors of 4-bit activations in the outputs of what reads them, by point, in %."""
     for r5, which in ((False, ("qkv", "o", "gate_up", "down")), (True, ("o",))):
@@ -239,6 +245,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "prefix-content": prefix_content,
     "eta": eta,
     "seeds": seeds,
+    "r5": heads_rotation,
     "points": points,
 }
 
