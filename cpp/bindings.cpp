@@ -50,6 +50,8 @@ PYBIND11_MODULE(_C, m) {
         arg("eps"), arg("bits"), arg("q"), arg("scale"), nogil);
   m.def("rmsnorm_quantize", &pq::rmsnorm_quantize, arg("x"), arg("weight"), arg("eps"),
         arg("scale"), arg("bits"), arg("shift"), arg("q"), nogil);
+  m.def("rmsnorm_hadamard_quantize", &pq::rmsnorm_hadamard_quantize, arg("x"), arg("weight"),
+        arg("eps"), arg("signs"), arg("scale"), arg("bits"), arg("shift"), arg("q"), nogil);
   m.def("hadamard", &pq::hadamard, arg("x"), arg("signs"), arg("block_size"), arg("y"), nogil);
   m.def("hadamard_quantize", &pq::hadamard_quantize, arg("x"), arg("signs"), arg("block_size"),
         arg("scale"), arg("bits"), arg("q"), nogil);

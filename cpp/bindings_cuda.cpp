@@ -67,6 +67,9 @@ void bind_cuda(py::module_& m) {
   m.def("add_rmsnorm_quantize_cuda", &pq::add_rmsnorm_quantize_cuda, arg("residual"), arg("x"),
         arg("weight"), arg("eps"), arg("scale"), arg("bits"), arg("shift"), arg("q"), arg("stream"),
         nogil);
+  m.def("rmsnorm_hadamard_quantize_cuda", &pq::rmsnorm_hadamard_quantize_cuda, arg("x"),
+        arg("weight"), arg("eps"), arg("signs"), arg("scale"), arg("bits"), arg("shift"), arg("q"),
+        arg("stream"), nogil);
   m.def("hadamard_cuda", &pq::hadamard_cuda, arg("x"), arg("signs"), arg("block_size"), arg("y"),
         arg("stream"), nogil);
   m.def("hadamard_quantize_cuda", &pq::hadamard_quantize_cuda, arg("x"), arg("signs"),

@@ -25,17 +25,7 @@ struct Plan {
     params.rows = input.rows.rows;
     params.cols = input.rows.cols;
     PQ_CHECK(op, block_size >= 1, "block_size: expected 1 or more, got ", block_size);
-    if (signs) {
-      check.on_cuda(*signs, "signs", device);
-      check.dtype(*signs, "signs", DType::kInt8);
-      check.rank(*signs, "signs", 2);
-      check.contiguous(*signs, "signs");
-      params.k = signs->size(0);
-      PQ_CHECK(op, signs->size(1) == params.k && params.k % 4 == 0 && params.k > 0,
-               "signs: expected a square matrix of a size that 4 divides, got shape ",
-               signs->shape_text());
-      params.signs = signs->data<int8_t>();
-    }
+    params.signs = checked_cuda_signs(check, signs, device, params.k);
     const int64_t pow2 = block_size / params.k;
     PQ_CHECK(op, pow2 * params.k == block_size && pow2 > 0 && (pow2 & (pow2 - 1)) == 0,
              "block_size: expected a power of two times ", params.k, " (the size of signs), got ",

@@ -41,6 +41,11 @@ void add_rmsnorm_quantize(const TensorView& residual, const TensorView& x,
                           const OptionalTensor& weight, double eps, const TensorView& scale,
                           int64_t bits, const OptionalTensor& shift, const TensorView& q);
 
+// rmsnorm_hadamard.cpp
+void rmsnorm_hadamard_quantize(const TensorView& x, const OptionalTensor& weight, double eps,
+                               const OptionalTensor& signs, const TensorView& scale, int64_t bits,
+                               const OptionalTensor& shift, const TensorView& q);
+
 // hadamard.cpp
 void hadamard(const TensorView& x, const OptionalTensor& signs, int64_t block_size,
               const TensorView& y);

@@ -104,6 +104,12 @@ void add_rmsnorm_quantize_cuda(const TensorView& residual, const TensorView& x,
                                int64_t bits, const OptionalTensor& shift, const TensorView& q,
                                uintptr_t stream);
 
+// rmsnorm_hadamard_cuda.cpp
+void rmsnorm_hadamard_quantize_cuda(const TensorView& x, const OptionalTensor& weight, double eps,
+                                    const OptionalTensor& signs, const TensorView& scale,
+                                    int64_t bits, const OptionalTensor& shift, const TensorView& q,
+                                    uintptr_t stream);
+
 // hadamard_cuda.cpp
 void hadamard_cuda(const TensorView& x, const OptionalTensor& signs, int64_t block_size,
                    const TensorView& y, uintptr_t stream);

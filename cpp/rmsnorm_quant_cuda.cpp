@@ -24,21 +24,12 @@ struct Plan {
     params.cols = input.rows.cols;
   }
 
-  // A vector [cols] of any floating dtype, or null where it is absent.
-  const void* channels(const OptionalTensor& t, const char* name, RowDtype& dtype) const {
-    if (!t) return nullptr;
-    check.on_cuda(*t, name, device);
-    dtype = row_dtype(float_type(check, *t, name));
-    check.rank(*t, name, 1);
-    check.size(*t, name, 0, params.cols);
-    check.contiguous(*t, name);
-    return t->ptr;
-  }
-
   void normalize(const OptionalTensor& weight, double eps, const OptionalTensor& shift = {}) {
     params.normalize = true;
-    params.weight = channels(weight, "weight", params.weight_dtype);
-    params.shift = channels(shift, "shift", params.shift_dtype);
+    params.weight =
+        checked_cuda_channels(check, weight, "weight", params.cols, device, params.weight_dtype);
+    params.shift =
+        checked_cuda_channels(check, shift, "shift", params.cols, device, params.shift_dtype);
     PQ_CHECK(check.op, eps >= 0.0, "eps: expected 0 or more, got ", eps);
     params.eps = eps;
   }

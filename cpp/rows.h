@@ -128,11 +128,12 @@ inline QuantizerParams quantizer_params(const ArgumentChecker& check, const Tens
 }
 
 // Checks (signs, block_size) and turns the sign matrix into the picks of HadamardParams. They live
-// in the calling thread's scratch until its next plan.
+// in the calling thread's scratch until its next plan. Errors in the size begin with `expected`.
 inline HadamardParams hadamard_params(const ArgumentChecker& check, const OptionalTensor& signs,
-                                      int64_t block_size) {
+                                      int64_t block_size,
+                                      const char* expected = "block_size: expected") {
   constexpr int64_t kGroup = 4;
-  PQ_CHECK(check.op, block_size >= 1, "block_size: expected 1 or more, got ", block_size);
+  PQ_CHECK(check.op, block_size >= 1, expected, " 1 or more, got ", block_size);
   int64_t k = 1;
   uint8_t* picks = nullptr;
   if (signs) {
@@ -162,9 +163,8 @@ inline HadamardParams hadamard_params(const ArgumentChecker& check, const Option
     PQ_CHECK(check.op, only_signs, "signs: expected values 1 and -1");
   }
   const int64_t pow2 = block_size / k;
-  PQ_CHECK(check.op, pow2 * k == block_size && pow2 > 0 && (pow2 & (pow2 - 1)) == 0,
-           "block_size: expected a power of two times ", k, " (the size of signs), got ",
-           block_size);
+  PQ_CHECK(check.op, pow2 * k == block_size && pow2 > 0 && (pow2 & (pow2 - 1)) == 0, expected,
+           " a power of two times ", k, " (the size of signs), got ", block_size);
   return {block_size, pow2, k, picks,
           static_cast<float>(1.0 / std::sqrt(static_cast<double>(block_size)))};
 }

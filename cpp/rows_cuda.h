@@ -70,6 +70,35 @@ inline float* checked_cuda_row_scales(const ArgumentChecker& check, const Tensor
   return scale.data<float>();
 }
 
+// A vector [cols] of any floating dtype, or nullptr where it is absent.
+inline const void* checked_cuda_channels(const ArgumentChecker& check, const OptionalTensor& t,
+                                         const char* name, int64_t cols, int device,
+                                         RowDtype& dtype) {
+  if (!t) return nullptr;
+  check.on_cuda(*t, name, device);
+  dtype = row_dtype(float_type(check, *t, name));
+  check.rank(*t, name, 1);
+  check.size(*t, name, 0, cols);
+  check.contiguous(*t, name);
+  return t->ptr;
+}
+
+// The sign matrix [k, k] and its k, or nullptr and 1. Its values are not looked at.
+inline const int8_t* checked_cuda_signs(const ArgumentChecker& check, const OptionalTensor& signs,
+                                        int device, int64_t& k) {
+  k = 1;
+  if (!signs) return nullptr;
+  check.on_cuda(*signs, "signs", device);
+  check.dtype(*signs, "signs", DType::kInt8);
+  check.rank(*signs, "signs", 2);
+  check.contiguous(*signs, "signs");
+  k = signs->size(0);
+  PQ_CHECK(check.op, signs->size(1) == k && k % 4 == 0 && k > 0,
+           "signs: expected a square matrix of a size that 4 divides, got shape ",
+           signs->shape_text());
+  return signs->data<int8_t>();
+}
+
 // A contiguous result of `like`'s shape.
 inline void check_cuda_result(const ArgumentChecker& check, const TensorView& t, const char* name,
                               DType dtype, const TensorView& like, const char* like_name,

@@ -42,11 +42,15 @@ def quantize_dynamic(x: Tensor, bits: int, clip: float = 1.0) -> tuple[Tensor, T
 # ---- RMSNorm ----
 
 
+def rms_reciprocal(x: Tensor, eps: float) -> Tensor:
+    """rstd of every row, float32 [..., 1]."""
+    mean = x.double().square().sum(-1, keepdim=True) / x.shape[-1]
+    return (1.0 / (mean + eps).sqrt()).float()
+
+
 def rmsnorm_float32(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """The normalized row before it is rounded to the dtype of x."""
-    mean = x.double().square().sum(-1, keepdim=True) / x.shape[-1]
-    rstd = (1.0 / (mean + eps).sqrt()).float()
-    y = x.float() * rstd
+    y = x.float() * rms_reciprocal(x, eps)
     return y if weight is None else y * weight.float()
 
 
@@ -129,6 +133,20 @@ def hadamard_quantize(
     x: Tensor, signs: Tensor | None, block_size: int, scale: Tensor, bits: int
 ) -> Tensor:
     return quantize_static(hadamard_float32(x, signs, block_size), scale, bits)
+
+
+def rmsnorm_hadamard_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    signs: Tensor | None,
+    scale: Tensor,
+    bits: int,
+    shift: Tensor | None = None,
+) -> Tensor:
+    weighted = x.float() if weight is None else x.float() * weight.float()
+    y = hadamard_float32(weighted, signs, x.shape[-1]) * rms_reciprocal(x, eps)
+    return quantize_static(y if shift is None else y - shift.float(), scale, bits)
 
 
 # ---- SwiGLU ----
@@ -300,8 +318,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    mean = x.double().square().sum(-1, keepdim=True) / x.shape[-1]
-    return x.float() * (1.0 / (mean + eps).sqrt()).float() * weight.float()
+    return x.float() * rms_reciprocal(x, eps) * weight.float()
 
 
 def rope_kv_append(

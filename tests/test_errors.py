@@ -51,6 +51,10 @@ VALID = {
         "bits": 4, "shift": f(24),
     },
     "rmsnorm_quantize_dynamic": {"x": f(2, 24), "weight": f(24), "eps": 1e-5, "bits": 4},
+    "rmsnorm_hadamard_quantize": {
+        "x": f(2, 24), "weight": f(24), "eps": 1e-5, "signs": SIGNS, "scale": scalar(), "bits": 4,
+        "shift": f(24),
+    },
     "hadamard": {"x": f(2, 24), "signs": SIGNS, "block_size": 24},
     "hadamard_quantize": {
         "x": f(2, 24), "signs": SIGNS, "block_size": 24, "scale": scalar(), "bits": 4,
@@ -128,6 +132,7 @@ for _op in VALID:
         }  # fmt: skip
     if "signs" in VALID[_op]:
         WRONG[_op, "signs"] = BAD_SIGNS
+    if "block_size" in VALID[_op]:
         WRONG[_op, "block_size"] = BAD_BLOCKS
     if "bits" in VALID[_op]:
         kv = _op.startswith("kv_")
@@ -197,6 +202,8 @@ RAW = {
     ("add_rmsnorm_quantize", "residual"): BAD_ROWS,
     ("rmsnorm_quantize_dynamic", "q"): BAD_Q,
     ("rmsnorm_quantize_dynamic", "scale"): BAD_ROW_SCALES,
+    ("rmsnorm_hadamard_quantize", "q"): {**BAD_Q, **BAD_PACKED},
+    ("rmsnorm_hadamard_quantize", "x"): BAD_ROWS,
     ("swiglu_hadamard_quantize_dynamic", "q"): BAD_Q,
     ("swiglu_hadamard_quantize_dynamic", "scale"): BAD_ROW_SCALES,
     ("hadamard", "y"): {"dtype": f(2, 24).half(), "shape": f(2, 48), "layout": f(24, 2).T},
@@ -227,6 +234,7 @@ OUTPUTS = {
     "rmsnorm_quantize": {"q": i8(2, 24)},
     "add_rmsnorm_quantize": {"q": i8(2, 24)},
     "rmsnorm_quantize_dynamic": {"q": i8(2, 24), "scale": f(2)},
+    "rmsnorm_hadamard_quantize": {"q": i8(2, 24)},
     "swiglu_hadamard_quantize_dynamic": {"q": i8(2, 24), "scale": f(2)},
     "hadamard": {"y": f(2, 24)},
     "hadamard_quantize": {"q": i8(2, 24)},

@@ -93,6 +93,19 @@ struct HadamardRows {
   QuantizerParams quantizer;
 };
 
+struct RmsnormHadamardRows {
+  const void* x;  // [rows, cols]
+  FloatType x_type;
+  int64_t x_stride;
+  ChannelVector weight;
+  ChannelVector shift;
+  double eps;
+  int8_t* q;  // [rows, cols] contiguous
+  int64_t cols;
+  HadamardParams hadamard;  // block = cols
+  QuantizerParams quantizer;
+};
+
 struct AbsMaxRows {
   const void* x;  // [rows, cols]
   FloatType x_type;

@@ -6,32 +6,11 @@
 
 #include <type_traits>
 
+#include "row_pieces.h"
 #include "sum_of_squares.h"
 
 PQ_ISA_NAMESPACE_BEGIN
 namespace {
-
-// fn(c, n) for every piece of a row: n = kLanes except for the last, shorter one.
-template <typename Fn>
-PQ_INLINE void for_pieces(int64_t cols, Fn&& fn) {
-  int64_t c = 0;
-  for (; c + kLanes <= cols; c += kLanes) fn(c, kLanes);
-  if (c < cols) fn(c, cols - c);
-}
-
-template <typename T>
-PQ_INLINE Floats<kLanes> load_piece(const T* from, int64_t n) {
-  return n == kLanes ? load_float(from) : load_float_tail(from, n);
-}
-
-template <typename T>
-PQ_INLINE void store_piece(T* to, Floats<kLanes> value, int64_t n) {
-  if (n == kLanes) {
-    store_float(to, value);
-  } else {
-    store_float_tail(to, value, n);
-  }
-}
 
 // y[c] = x[c] * rstd (* weight[c]) in pieces, handed to `use`(c, n, y).
 template <typename W, typename Use>
@@ -70,15 +49,6 @@ PQ_INLINE void normalize_quantize(const float* x, float rstd, const float* shift
   shift_quantize(q, shift, cols, quantizer, [=](int64_t c, int64_t n) PQ_INLINE_LAMBDA {
     return load_piece(x + c, n) * rstd;
   });
-}
-
-// The shift in float32, where it is or in `scratch`: one type for all rows, so that the kernels
-// above need no third type beside those of x and weight.
-PQ_INLINE const float* float_shift(const RmsnormRows& p, float* scratch) {
-  const auto [data, type] = p.shift;
-  if (!data || type == FloatType::kFloat32) return static_cast<const float*>(data);
-  with_float_type(type, data, [&](auto* shift) { load_row(shift, scratch, p.cols); });
-  return scratch;
 }
 
 // residual = residual + x, rounded to T.
@@ -120,7 +90,7 @@ void rmsnorm_rows(const RmsnormRows& p, int64_t row_begin, int64_t row_end, floa
   const int64_t padded = (p.cols + kSumLanes - 1) / kSumLanes * kSumLanes;
   for (int64_t c = p.cols; c < padded; ++c) scratch[c] = 0.0f;
   float* const normalized = scratch + padded;
-  const float* const shift = float_shift(p, normalized + padded);
+  const float* const shift = float_channels(p.shift, p.cols, normalized + padded);
   int8_t* const levels = reinterpret_cast<int8_t*>(normalized + 2 * padded);
   // float32 rows of a whole number of lanes are read where they are.
   const bool in_place = p.x_type == FloatType::kFloat32 && padded == p.cols;

@@ -276,13 +276,24 @@ __device__ void sum_with_given_signs(float (&acc)[Sums::kColumns][Sums::kOutputs
   }
 }
 
+// What becomes of the outputs of block u's columns from `column` on before they are stored:
+// nothing.
+struct StoreOutputs {
+  static constexpr bool kStaticLevels = false;  // whether the results are levels of a static scale
+  template <int kColumns, int kOutputs>
+  __device__ __forceinline__ void operator()(float (&)[kColumns][kOutputs], uint32_t /* u */,
+                                             uint32_t /* column */) const {}
+};
+
 // All columns of this thread's warps; `largest` collects the magnitudes where `maximum`, otherwise
-// the results are stored. The CTA is number `rank` of the kShare that share a segment.
-template <typename Sums, int kShare = 1>
+// the results are stored, behind `behind`. The CTA is number `rank` of the kShare that share a
+// segment.
+template <typename Sums, int kShare = 1, typename Behind = StoreOutputs>
 __device__ __forceinline__ void finish_columns(const HadamardArgs& p, const ColumnStorage& storage,
                                                int64_t first_block, uint32_t blocks,
                                                const Quantizer& quantizer, bool compiled_signs,
-                                               bool maximum, uint32_t& largest, uint32_t rank = 0) {
+                                               bool maximum, uint32_t& largest, uint32_t rank = 0,
+                                               const Behind& behind = {}) {
   constexpr int kColumns = Sums::kColumns;
   const uint32_t step = blockDim.x * kColumns;
   const uint32_t columns = blocks << p.log2_columns, width = p.columns;
@@ -319,8 +330,11 @@ __device__ __forceinline__ void finish_columns(const HadamardArgs& p, const Colu
         y[k][i] = Sums::K > 1 ? __fmaf_rn(y[k][i], p.norm, 0.0f) : __fmul_rn(y[k][i], p.norm);
       }
     }
+    behind(y, u, column);
     const uint32_t at = u * p.block_size + rank * width + column;
-    if (maximum) {
+    if constexpr (Behind::kStaticLevels) {
+      store_levels<kShare>(y, p, quantizer, static_cast<int8_t*>(p.out) + first_element, at);
+    } else if (maximum) {
 #pragma unroll
       for (int i = 0; i < Sums::kOutputs; ++i) {
 #pragma unroll

@@ -19,6 +19,20 @@ namespace prefixquant {
 
 inline constexpr int kHadamardGenericThreads = 512;
 
+// The stages over the pow2 part of `count` values, which are there for all threads before and
+// after.
+__device__ __forceinline__ void generic_butterflies(float* values, int count, int pow2) {
+  for (int h = 1; h < pow2; h *= 2) {
+    for (int i = threadIdx.x; i < count / 2; i += kHadamardGenericThreads) {
+      const int low = 2 * i - (i & (h - 1));
+      const float a = values[low], b = values[low + h];
+      values[low] = __fadd_rn(a, b);
+      values[low + h] = __fsub_rn(a, b);
+    }
+    __syncthreads();
+  }
+}
+
 // The integers of a block (hadamard_integer.cuh) in place of its values; the factor of its sums.
 __device__ __forceinline__ float make_integers(float* values, int block, float norm,
                                                uint32_t* maxima) {
@@ -89,15 +103,7 @@ __global__ void __launch_bounds__(kHadamardGenericThreads)
     values[i] = v;
   }
   __syncthreads();
-  for (int h = 1; h < pow2; h *= 2) {
-    for (int i = threadIdx.x; i < count / 2; i += kHadamardGenericThreads) {
-      const int low = 2 * i - (i & (h - 1));
-      const float a = values[low], b = values[low + h];
-      values[low] = __fadd_rn(a, b);
-      values[low + h] = __fsub_rn(a, b);
-    }
-    __syncthreads();
-  }
+  generic_butterflies(values, count, pow2);
 
   float* const factors = values + group * block;
   if (hadamard_sums_are_integers(p.k)) {

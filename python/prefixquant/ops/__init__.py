@@ -26,6 +26,7 @@ from prefixquant.ops.outlier_scan import outlier_scan
 from prefixquant.ops.pack_int4 import pack_int4, unpack_int4
 from prefixquant.ops.quantize import quantize_static
 from prefixquant.ops.quantize_dynamic import quantize_digits, quantize_dynamic
+from prefixquant.ops.rmsnorm_hadamard import rmsnorm_hadamard_quantize
 from prefixquant.ops.rmsnorm_quant import (
     add_rmsnorm_quantize,
     rmsnorm,
@@ -56,6 +57,7 @@ __all__ = [
     "quantize_dynamic",
     "quantize_static",
     "rmsnorm",
+    "rmsnorm_hadamard_quantize",
     "rmsnorm_quantize",
     "rmsnorm_quantize_dynamic",
     "rope_kv_append",

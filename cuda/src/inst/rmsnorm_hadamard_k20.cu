@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "prefixquant/rmsnorm_hadamard_instance.cuh"
+
+namespace prefixquant {
+template <>
+RmsnormHadamardKernel rmsnorm_hadamard_instance<SignSums<20, 2>>(int vectors) {
+  return pick_rmsnorm_hadamard<SignSums<20, 2>, 1, 2>(vectors);
+}
+}  // namespace prefixquant
