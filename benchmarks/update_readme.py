@@ -137,13 +137,14 @@ def finetune_summary(results: list[dict]) -> list[dict]:
             tuning = recipe.get("finetune")
             epochs = extras = ""
             if tuning:
+                four_bit = recipe["scheme"]["activation_bits"] == 4
                 marks = {
                     "mixed": tuning.get("e2e_mix"),
                     "averaged": tuning.get("e2e_average"),
                     "centred": recipe.get("centre"),
                     "keys too": recipe.get("centred_keys"),
-                    "R5": recipe.get("r5_block_size", 1) != 1
-                    and recipe["scheme"]["activation_bits"] == 4,
+                    "R5": four_bit and recipe.get("r5_block_size", 1) != 1,
+                    "R6": four_bit and recipe.get("r6", False),
                 }
                 parts = [f"{tuning['epochs']} + {tuning['e2e_epochs']}"]
                 epochs = ", ".join(parts + [mark for mark, set_ in marks.items() if set_])
@@ -161,7 +162,7 @@ def finetune_summary(results: list[dict]) -> list[dict]:
                     "strings the samples together anew every epoch and cuts them elsewhere; where "
                     "averaged, it keeps the running mean of what it trains. Rows that do not say "
                     "centred are of before means were taken out; keys too: also that of the keys; "
-                    "R5: o_proj's input is rotated across heads.",
+                    "R5: o_proj's input is rotated across heads; R6: in place of R1.",
                 },
             )
             label = phase + (f" ({extras} too)" if extras and phase.startswith("then") else "")

@@ -32,7 +32,8 @@ pq::DecoderStep decoder_step(const std::array<int64_t, 8>& sizes, double eps, do
                              const pq::TensorView& cos, const pq::TensorView& sin,
                              const pq::OptionalTensor& rotation_signs, int64_t rotation_size,
                              const pq::OptionalTensor& mlp_signs, int64_t mlp_size,
-                             const pq::OptionalTensor& attention_signs, int64_t attention_size) {
+                             const pq::OptionalTensor& attention_signs, int64_t attention_size,
+                             const pq::OptionalTensor& norm_signs, int64_t norm_size) {
   const pq::DecoderSizes all{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
                              sizes[5], sizes[6], sizes[7], eps,      scaling};
   return {all,
@@ -40,7 +41,8 @@ pq::DecoderStep decoder_step(const std::array<int64_t, 8>& sizes, double eps, do
           sin,
           {rotation_signs, rotation_size},
           {mlp_signs, mlp_size},
-          {attention_signs, attention_size}};
+          {attention_signs, attention_size},
+          {norm_signs, norm_size}};
 }
 
 void add_block(pq::DecoderStep& step, const pq::OptionalTensor& input_norm,
@@ -71,7 +73,8 @@ void bind_cache(py::module_& m) {
   py::class_<pq::DecoderStep>(m, "DecoderStep")
       .def(py::init(&decoder_step), arg("sizes"), arg("eps"), arg("scaling"), arg("cos"),
            arg("sin"), arg("rotation_signs"), arg("rotation_size"), arg("mlp_signs"),
-           arg("mlp_size"), arg("attention_signs"), arg("attention_size"))
+           arg("mlp_size"), arg("attention_signs"), arg("attention_size"), arg("norm_signs"),
+           arg("norm_size"))
       .def("add_block", &add_block, arg("input_norm"), arg("input_shift"), arg("qkv"),
            arg("attention"), arg("o"), arg("post_norm"), arg("post_shift"), arg("gate_up"),
            arg("down"))

@@ -9,12 +9,15 @@
 namespace prefixquant {
 
 using RmsnormKernel = void(const RmsnormRows&, int64_t row_begin, int64_t row_end, float* scratch);
+using RmsnormHadamardKernel = void(const RmsnormHadamardRows&, int64_t row_begin, int64_t row_end,
+                                   float* scratch);
 using HadamardKernel = void(const HadamardRows&, int64_t row_begin, int64_t row_end,
                             float* scratch);
 using GemmShare = OutputRange(const GemmParams&, int64_t id, int64_t team);
 using RopeHead = void(const RopeKvRows&, int64_t row, int64_t kv_head, float* scratch);
 using AttentionTask = void(const KvAttentionParams&, int64_t task);
 PQ_KERNEL_TABLE(RmsnormKernel, rmsnorm_rows);
+PQ_KERNEL_TABLE(RmsnormHadamardKernel, rmsnorm_hadamard_rows);
 PQ_KERNEL_TABLE(HadamardKernel, hadamard_rows);
 PQ_KERNEL_TABLE(GemmShare, gemm_w4_share);
 PQ_KERNEL_TABLE(GemmShare, gemm_w8_share);
@@ -82,6 +85,7 @@ class DecoderStep::Worker {
   }
 
   const int8_t* normalize(const NormPlan& norm, const LinearPlan& next) {
+    if (step_.norm_rotation_.block > 1) return normalize_rotated(norm, next);
     RmsnormRows p{};
     p.x = hidden_;
     p.x_type = FloatType::kFloat32;
@@ -94,6 +98,23 @@ class DecoderStep::Worker {
     return quantized_rows([&](int64_t begin, int64_t end, int8_t* x) {
       p.y = x;
       rmsnorm_rows_table.pick()(p, begin, end, scratch_);
+    });
+  }
+
+  // The norm with R6.
+  const int8_t* normalize_rotated(const NormPlan& norm, const LinearPlan& next) {
+    RmsnormHadamardRows p{};
+    p.x = hidden_;
+    p.x_type = FloatType::kFloat32;
+    p.x_stride = p.cols = step_.sizes_.hidden;
+    p.weight = norm.weight;
+    p.shift = norm.shift;
+    p.eps = step_.sizes_.eps;
+    p.hadamard = step_.norm_rotation_;
+    p.quantizer = next.input;
+    return quantized_rows([&](int64_t begin, int64_t end, int8_t* x) {
+      p.q = x;
+      rmsnorm_hadamard_rows_table.pick()(p, begin, end, scratch_);
     });
   }
 

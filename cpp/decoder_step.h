@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // DecoderStep: one token of each of a few sequences through all blocks of a decoder, on the CPU.
 //
-// Computes what the operations of this package compute one after the other (rmsnorm_quantize, gemm,
-// rope_kv_append, kv_decode_attention, with R5 hadamard_quantize, gemm + residual,
-// rmsnorm_quantize, gemm, swiglu_hadamard_quantize, gemm + residual, bit for bit), in one parallel
-// region with five barriers a block. A small model is done with a block in some 100 us: nine calls
-// through Python and as many parallel regions would take longer than the work.
+// Computes what the operations of this package compute one after the other (rmsnorm_quantize or
+// with R6 rmsnorm_hadamard_quantize, gemm, rope_kv_append, kv_decode_attention, with R5
+// hadamard_quantize, gemm + residual, the norm as before, gemm, swiglu_hadamard_quantize, gemm +
+// residual, bit for bit), in one parallel region with five barriers a block. A small model is done
+// with a block in some 100 us: nine calls through Python and as many parallel regions would take
+// longer than the work.
 //
 // The tensors are given once and must live as long as the object. Not for several threads at once.
 #pragma once
@@ -63,10 +64,10 @@ class DecoderStep {
  public:
   static constexpr int64_t kMaxRows = 16;  // sequences of a step
 
-  // cos, sin float32 [positions, head_dim]; rotation R3, mlp R4, attention R5.
+  // cos, sin float32 [positions, head_dim]; rotation R3, mlp R4, attention R5, norm R6.
   DecoderStep(const DecoderSizes& sizes, const TensorView& cos, const TensorView& sin,
               const RotationTensors& rotation, const RotationTensors& mlp,
-              const RotationTensors& attention);
+              const RotationTensors& attention, const RotationTensors& norm);
 
   // The picks that the blocks point to stay where they are.
   DecoderStep(const DecoderStep&) = delete;
@@ -111,8 +112,8 @@ class DecoderStep {
   const float* cos_;
   const float* sin_;
   int64_t positions_;
-  std::vector<uint8_t> rotation_picks_, mlp_picks_, attention_picks_;
-  HadamardParams rotation_, mlp_rotation_, attention_rotation_;
+  std::vector<uint8_t> rotation_picks_, mlp_picks_, attention_picks_, norm_picks_;
+  HadamardParams rotation_, mlp_rotation_, attention_rotation_, norm_rotation_;
   std::vector<Block> blocks_;
   // Shared by the threads of a run, each for kMaxRows rows.
   std::vector<float> qkv_, q_, y_, gate_up_, attended_;

@@ -18,7 +18,8 @@ HadamardParams plan_rotation(const RotationTensors& rotation, int64_t width, con
   const int64_t size = rotation.size;
   PQ_CHECK(kOp, size >= 1 && width % size == 0, name, ": expected a size that divides ", width,
            ", got ", size);
-  HadamardParams params = hadamard_params(check, rotation.signs, size);
+  const std::string expected = std::string(name) + ": expected";
+  HadamardParams params = hadamard_params(check, rotation.signs, size, expected.c_str());
   if (params.picks) {
     picks.assign(params.picks, params.picks + params.k * params.k / 4);
     params.picks = picks.data();
@@ -38,7 +39,7 @@ void check_table(const ArgumentChecker& check, const TensorView& t, const char* 
 
 DecoderStep::DecoderStep(const DecoderSizes& sizes, const TensorView& cos, const TensorView& sin,
                          const RotationTensors& rotation, const RotationTensors& mlp,
-                         const RotationTensors& attention)
+                         const RotationTensors& attention, const RotationTensors& norm)
     : sizes_(sizes) {
   const ArgumentChecker check{kOp};
   PQ_CHECK(kOp, sizes.hidden > 0 && sizes.intermediate > 0 && sizes.head_dim > 0,
@@ -58,10 +59,13 @@ DecoderStep::DecoderStep(const DecoderSizes& sizes, const TensorView& cos, const
   positions_ = cos.size(0);
   PQ_CHECK(kOp, rotation.size == 1 || rotation.size == sizes.head_dim,
            "rotation_size: expected 1 or ", sizes.head_dim, ", got ", rotation.size);
+  PQ_CHECK(kOp, norm.size == 1 || norm.size == sizes.hidden, "norm_size: expected 1 or ",
+           sizes.hidden, ", got ", norm.size);
   const int64_t attended = sizes.heads * sizes.head_dim;
   rotation_ = plan_rotation(rotation, sizes.head_dim, "rotation_size", rotation_picks_);
   mlp_rotation_ = plan_rotation(mlp, sizes.intermediate, "mlp_size", mlp_picks_);
   attention_rotation_ = plan_rotation(attention, attended, "attention_size", attention_picks_);
+  norm_rotation_ = plan_rotation(norm, sizes.hidden, "norm_size", norm_picks_);
   qkv_.resize(kMaxRows * (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim);
   q_.resize(kMaxRows * attended);
   y_.resize(kMaxRows * sizes.hidden);

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from prefixquant.balance_measure import measure_balance
 from prefixquant.block import block_forward
 from prefixquant.centre import centre_block
 from prefixquant.centre_measure import key_positions, measure_centre
@@ -26,36 +27,37 @@ def plan_of(model, **options):
     return plan_rotations(model_geometry(model.config), seed=3, **options)
 
 
-def measured(model, samples=SAMPLES, mask=None):
-    decoder = FloatDecoder(model, plan_of(model))
+def measured(model, samples=SAMPLES, mask=None, **options):
+    decoder = FloatDecoder(model, plan_of(model, **options))
     counted = Counted(samples.shape, len(PREFIX), 64.0, decoder.device)
     if mask is not None:
         counted.mask &= mask
     return measure_centre(decoder, samples, PREFIX, counted, keys=True)
 
 
-@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("options", [{"rotate": False}, {}, {"r6": True}])
 @pytest.mark.parametrize("prefix", [(), (5, 9, 0)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_do_not_change(family, prefix, rotate):
+def test_logits_do_not_change(family, prefix, options):
     """Whatever is taken out, also behind another prefix than that it was measured with."""
     model = tiny_family(family)
     ids = torch.randint(0, 97, (3, 21))
     in_front = torch.tensor(prefix, dtype=torch.long).expand(3, -1)
     expected = model(torch.cat([in_front, ids], dim=1)).logits[:, len(prefix) :]
-    decoder = FloatDecoder(model, plan_of(model, rotate=rotate), centre=measured(model))
+    decoder = FloatDecoder(model, plan_of(model, **options), centre=measured(model))
     torch.testing.assert_close(run(decoder, ids, prefix), expected, rtol=0, atol=3e-5)
 
 
+@pytest.mark.parametrize("r6", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_is_left_of_the_means(family):
+def test_nothing_is_left_of_the_means(family, r6):
     """The invariance above would also hold if nothing were taken out."""
     model = tiny_family(family)
     counted = torch.ones(SAMPLES.shape, dtype=torch.bool)
     counted[:, 0] = False
     before, after = {}, {}
-    for seen, centre in ((before, None), (after, measured(model))):
-        decoder = FloatDecoder(model, plan_of(model), centre=centre)
+    for seen, centre in ((before, None), (after, measured(model, r6=r6))):
+        decoder = FloatDecoder(model, plan_of(model, r6=r6), centre=centre)
         x, rope = decoder.embed(SAMPLES), decoder.rope(SAMPLES.shape[1])
         prefix = decoder.prefix(PREFIX)
         for index in range(len(decoder)):
@@ -138,6 +140,29 @@ def test_the_mean_of_keys_is_that_of_many_positions(family):
         keys.append(tap["k"][0])
     torch.testing.assert_close(keys[1], keys[0] - keys[0].mean(1, keepdim=True), rtol=0, atol=1e-4)
     assert keys[0].mean(1).norm() > 0.05 * keys[0].square().mean(1).sum().sqrt()
+
+
+@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize("prefix", [(), (5, 9, 0)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_that_4_bit_activations_ask_for_leaves_the_logits(family, prefix, balance):
+    """R6, balanced on what is left of the means, and centred behind it."""
+    model, recipe = tiny_family(family), RecipeConfig(balance=balance)
+    plan = plan_rotations(model_geometry(model.config), **recipe.rotation_options)
+    assert plan.rotations.r6
+    decoder = make_decoder(model, plan, SAMPLES, PREFIX, recipe)
+    assert (decoder.balance is not None) is balance
+    if balance:
+        plain = FloatDecoder(model, plan_of(model, rotate=False))
+        counted = Counted(SAMPLES.shape, len(PREFIX), 64.0, plain.device)
+        expected = measure_balance(plain, SAMPLES, PREFIX, counted, norms=True, centred=True)
+        for found, each in zip(decoder.balance, expected, strict=True):
+            assert torch.equal(found.qkv, each.qkv)
+            assert torch.equal(found.gate_up, each.gate_up)
+    ids = torch.randint(0, 97, (3, 21))
+    in_front = torch.tensor(prefix, dtype=torch.long).expand(3, -1)
+    expected = model(torch.cat([in_front, ids], dim=1)).logits[:, len(prefix) :]
+    torch.testing.assert_close(run(decoder, ids, prefix), expected, rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 """Checkpoints: the bytes on disk, the round trip, and every way a damaged one must be refused."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -258,6 +259,35 @@ def test_round_trip(tmp_path, scheme, prefix):
     assert back.hf_config().num_hidden_layers == 2
 
 
+def test_a_checkpoint_from_before_r6_has_none(checkpoint):
+    """Its rotations have no such key, nor those of R5."""
+    config = json.loads((checkpoint / CONFIG_NAME).read_text())
+    rotations = config["quantization_config"]["rotations"]
+    for key in ("r5", "r5_block_size", "r6"):
+        del rotations[key]
+    (checkpoint / CONFIG_NAME).write_text(json.dumps(config))
+    back = read_checkpoint(checkpoint).quantization
+    assert back == quantization()
+    assert back.rotations.r1
+    assert not back.rotations.r6
+
+
+@pytest.mark.parametrize("hidden", [8, 116])
+def test_r6_is_read_where_the_hidden_size_has_a_hadamard_matrix(tmp_path, hidden):
+    quant = dataclasses.replace(
+        quantization(), rotations=Rotations(r1=False, r4_block_size=16, r6=True)
+    )
+    config = {**CONFIG, "hidden_size": hidden}
+    tensors = random_tensors(config, quant)
+    if hidden == 116:  # 4 * 29
+        with pytest.raises(CheckpointError, match="r6 of hidden_size: size 116 has no Hadamard"):
+            write_checkpoint(tmp_path / "c", tensors, config, quant)
+        return
+    back = read_checkpoint(write_checkpoint(tmp_path / "c", tensors, config, quant))
+    assert back.quantization == quant
+    assert back.quantization.to_dict()["rotations"]["r6"] is True
+
+
 def test_shards_and_index(tmp_path):
     tensors = random_tensors()
     folder = write_checkpoint(tmp_path / "c", tensors, CONFIG, quantization(), max_shard_bytes=400)
@@ -483,6 +513,9 @@ def test_garbage_weights(checkpoint, content, message):
         ("quantization_config__rotations__r5", 1, "r5 expected true or false"),
         ("quantization_config__rotations__r5", True, "r5_block_size expected a divisor"),
         ("quantization_config__rotations__r5_block_size", -1, "r5_block_size expected an integer"),
+        ("quantization_config__rotations__r6", True, "r6 takes the place of r1"),
+        ("quantization_config__rotations__r6", 0, "r6 expected true or false"),
+        ("quantization_config__rotations__r6_size", 8, "unknown key 'r6_size'"),
         ("quantization_config__prefix_token_ids", [99], "expected ids below vocab_size 11"),
         ("quantization_config__prefix_token_ids", [-1], "expected integers >= 0"),
         ("quantization_config__prefix_token_ids", [[1]], "expected integers >= 0"),

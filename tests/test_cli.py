@@ -66,6 +66,29 @@ def test_quantize_writes_a_complete_checkpoint(checkpoint):
     assert [p.name for p in checkpoint.parent.iterdir()] == [checkpoint.name]
 
 
+def test_r6_of_the_recipe(checkpoint, model_folder, tmp_path):
+    """On by default with 4-bit activations; --no-r6 and more bits have R1 in its place."""
+    rotations = read_checkpoint(checkpoint).quantization.rotations
+    assert rotations.r6
+    assert not rotations.r1
+    assert "rotations  R2, R3, R4, R5, R6 (" in run("inspect", checkpoint).stdout
+    assert json.loads((checkpoint / "report.json").read_text())["recipe"]["r6"] is True
+    for name, arguments in {"r1": ["--no-r6"], "a8": ["--scheme", "w4a8kv4", "--r6"]}.items():
+        result = run("quantize", model_folder, "-o", tmp_path / name, *SMALL, *arguments)
+        assert result.exit_code == 0, result.stderr
+        rotations = read_checkpoint(tmp_path / name).quantization.rotations
+        assert rotations.r1
+        assert not rotations.r6
+        assert "rotations  R1, R2, R3, R4" in run("inspect", tmp_path / name).stdout
+    # recipe.yaml remembers it, an option wins over it
+    recipe = tmp_path / "r1" / "recipe.yaml"
+    assert "\nr6: false\n" in recipe.read_text()
+    again = ["--recipe", recipe, "--r6"]
+    result = run("quantize", model_folder, "-o", tmp_path / "again", *again)
+    assert result.exit_code == 0, result.stderr
+    assert read_checkpoint(tmp_path / "again").quantization.rotations.r6
+
+
 def test_inspect(checkpoint):
     result = run("inspect", checkpoint)
     assert result.exit_code == 0

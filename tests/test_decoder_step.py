@@ -121,9 +121,52 @@ def test_blocks_of_r5(isa, size):
         check(decoder, LENGTHS[:batch])
 
 
-def test_sizes_beside_the_blocks_of_the_kernels(isa):
+def with_norms(decoder, **changes):
+    """The decoder with other fields of all its norms."""
+    blocks = [
+        replace(
+            block,
+            input_norm=replace(block.input_norm, **changes),
+            post_norm=replace(block.post_norm, **changes),
+        )
+        for block in decoder.weights.blocks
+    ]
+    decoder.weights = replace(decoder.weights, blocks=blocks)
+    return decoder
+
+
+@pytest.mark.parametrize("hidden", [48, 52, 64, 76, 152])
+def test_r6(isa, hidden):
+    """Sums of floats, none, of integers; with and without weights and shifts."""
+    decoder = make_decoder(hidden_size=hidden, num_attention_heads=4)
+    norms = [n for b in decoder.weights.blocks for n in (b.input_norm, b.post_norm)]
+    assert all(norm.rotation.size == hidden for norm in norms)
+    assert all(norm.weight is not None and norm.shift is not None for norm in norms)
+    assert not torch.equal(norms[0].weight, norms[1].weight)
+    for changes in ({}, {"weight": torch.rand(hidden).half()}, {"shift": None}, {"weight": None}):
+        for batch in (1, 2, 3, 16):
+            check(with_norms(decoder, **changes), LENGTHS[:batch])
+
+
+def test_without_r6(isa):
+    decoder = with_norms(make_decoder(), rotation=rotation(1, CPU))
+    for batch in (1, 3, 16):
+        check(decoder, LENGTHS[:batch])
+    cache = make_cache(decoder, 1)
+    step = Step.after([4], 1, cache)
+    plain = CpuStep(decoder, cache).decode(step, 100)
+    rotated = with_norms(decoder, rotation=rotation(48, CPU))
+    assert (CpuStep(rotated, cache).decode(step, 100) != plain).any()
+
+
+@pytest.mark.parametrize(("scheme", "hidden"), [("w4a4kv4", 60), ("w4a8kv4", 50)])
+def test_sizes_beside_the_blocks_of_the_kernels(isa, scheme, hidden):
     decoder = make_decoder(
-        hidden_size=50, intermediate_size=112, num_attention_heads=5, num_key_value_heads=5
+        scheme,
+        hidden_size=hidden,
+        intermediate_size=112,
+        num_attention_heads=5,
+        num_key_value_heads=5,
     )
     check(decoder, LENGTHS[:5])
 
@@ -233,7 +276,7 @@ def new_step(**changes):
     sizes = [48, 80, 6, 2, 16, 4, 4, 4]
     defaults = {"sizes": sizes, "eps": 1e-5, "scaling": 0.25, "cos": cos, "sin": cos}
     rotations = {"rotation_signs": None, "rotation_size": 16, "mlp_signs": None, "mlp_size": 16}
-    rotations |= {"attention_signs": None, "attention_size": 16}
+    rotations |= {"attention_signs": None, "attention_size": 16, "norm_signs": None, "norm_size": 1}
     return _C.DecoderStep(**{**defaults, **rotations, **changes})
 
 
@@ -274,6 +317,10 @@ def test_wrong_tensor_of_a_block_is_named(part, index, value, named):
         ("rotation_size", 8),
         ("mlp_size", 32),
         ("attention_size", 64),
+        ("norm_size", 16),
+        ("norm_size", 48),
+        ("attention_size", 48),
+        ("norm_size", 0),
         ("sizes", [48, 80, 5, 2, 16, 4, 4, 4]),
         ("sizes", [48, 80, 6, 2, 16, 5, 4, 4]),
     ],

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from prefixquant import export
+from prefixquant.block import BlockScales
 from prefixquant.checkpoint import read_checkpoint
 from prefixquant.config import RecipeConfig, Scheme
 from prefixquant.errors import UserError
@@ -14,6 +15,7 @@ from prefixquant.hadamard import apply_hadamard, hadamard_matrix
 from prefixquant.packing import unpack_weight
 from prefixquant.quantize import quantize
 from prefixquant.roles import model_roles
+from prefixquant.simulate import SimulatedModel
 from prefixquant.workflow import hf_config_dict, write_checkpoint
 from safetensors.torch import load_file
 from test_cli import assert_one_line_error, run
@@ -24,11 +26,11 @@ CALIBRATION = torch.randint(0, 97, (400,), generator=torch.Generator().manual_se
 SIZES = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 32, "num_attention_heads": 2}
 
 
-def save(folder, family="llama", scheme="w4a16kv16", **changes):
+def save(folder, family="llama", scheme="w4a16kv16", prefix="text:ab", **changes):
     model = tiny_family(family, **SIZES)
     recipe = RecipeConfig(
         scheme=Scheme.parse(scheme),
-        prefix="text:ab",
+        prefix=prefix,
         nsamples=2,
         seqlen=32,
         search_samples=2,
@@ -84,14 +86,19 @@ def test_taking_a_hadamard_out(size):
         torch.testing.assert_close(without_hadamard(weight, size), blocks.flatten(1))
 
 
-@pytest.mark.parametrize("scheme", ["w4a4kv4", "w8a8kv8", "w4a16kv16 grouped"])
+BEHIND_NORMS = [f"{role}_proj" for role in ("q", "k", "v", "gate", "up")]
+
+
+@pytest.mark.parametrize("scheme", ["w4a4kv4", "w4a4kv4 r1", "w8a8kv8", "w4a16kv16 grouped"])
 @pytest.mark.parametrize("down_proj", export.DOWN_PROJ)
 def test_the_view_holds_the_integers_of_the_checkpoint(tmp_path, scheme, down_proj):
-    name, *grouped = scheme.split()
-    folder = save(tmp_path / "q", scheme=name, **({"group_size": 32} if grouped else {}))
+    name, *more = scheme.split()
+    changes = {"grouped": {"group_size": 32}, "r1": {"r6": False}}.get("".join(more), {})
+    folder = save(tmp_path / "q", scheme=name, **changes)
     report = export_compressed_tensors(folder, tmp_path / "view", down_proj=down_proj)
     checkpoint = read_checkpoint(folder)
     online = {"down_proj": 256} | ({"o_proj": 64} if name == "w4a4kv4" else {})
+    online |= dict.fromkeys(BEHIND_NORMS, 64) if scheme == "w4a4kv4" else {}  # R6
     weights = dequantized(tmp_path / "view")
     tensors = load_file(tmp_path / "view" / "model.safetensors")
     assert len(weights) == 2 * (7 if down_proj == "int4" else 7 - len(online))
@@ -108,7 +115,7 @@ def test_the_view_holds_the_integers_of_the_checkpoint(tmp_path, scheme, down_pr
                 assert error < (1e-4 if name.startswith("w8") else 2e-2)
             else:  # the scales are stored in 16 bits
                 torch.testing.assert_close(weights[linear], plain, rtol=1e-3, atol=1e-6)
-    for short in ("down_proj", "o_proj"):
+    for short in ("down_proj", "o_proj", *BEHIND_NORMS):
         rounded = short in online and down_proj == "int4"
         assert len(report[f"{short}_relative_error"]) == (2 if rounded else 0)
     assert not any("prefix" in n or "input_scale" in n or "k_scale" in n for n in tensors)
@@ -146,6 +153,29 @@ def test_stock_transformers_runs_it(tmp_path, family, scheme, down_proj):
         true = tiny_family(family, **SIZES)(prompt).logits
         assert (expected - true).square().sum() / true.square().sum() < 5e-3
     assert AutoTokenizer.from_pretrained(tmp_path / "view")("ab")["input_ids"]
+
+
+@pytest.mark.parametrize("r6", [False, True])
+def test_a_16_bit_view_is_the_checkpoint_without_its_rotations(tmp_path, r6):
+    """A stock model with these weights, norms and biases gives what the checkpoint gives while its
+    activations and K/V are not quantized, and no prefix is in front."""
+    folder = save(tmp_path / "q", scheme="w4a4kv4", prefix="none", r6=r6)
+    export_compressed_tensors(folder, tmp_path / "view", down_proj="16bit")
+    checkpoint, tensors = read_checkpoint(folder), load_file(tmp_path / "view/model.safetensors")
+    assert checkpoint.quantization.rotations.r6 is r6
+    norm = "model.layers.1.input_layernorm.weight"
+    assert torch.equal(tensors[norm], checkpoint.tensors[norm])
+    assert (tensors[norm].float().std() > 0.05) == r6
+    state = {n: t.float() for n, t in tensors.items() if n.endswith((".weight", ".bias"))}
+    state |= {f"{n}.weight": w for n, w in dequantized(tmp_path / "view").items()}
+    biases = {"attention_bias": True, "mlp_bias": True}
+    plain = tiny_family("llama", **SIZES, tie_word_embeddings=False, **biases)
+    plain.load_state_dict(state)
+    simulated, ids = SimulatedModel(folder), torch.randint(0, 97, (2, 9))
+    simulated.blocks = [(block, prefix, BlockScales()) for block, prefix, _ in simulated.blocks]
+    expected = simulated(ids).logits
+    error = (plain(ids).logits - expected).square().sum() / expected.square().sum()
+    assert error < 1e-5  # of storage in 16 bits
 
 
 def test_what_is_subtracted_moves_into_the_biases(tmp_path):

@@ -48,10 +48,11 @@ class Setting:
     def __init__(self, family: str = "llama", scheme: str = "w4a4kv4", samples: int = 20):
         model = tiny_family(family)
         self.ids = torch.randint(0, 97, (samples, 24), generator=torch.Generator().manual_seed(5))
-        plan = plan_rotations(model_geometry(model.config))
-        self.decoder = make_decoder(model, plan, self.ids, (3,), RecipeConfig())
-        self.prefix = self.decoder.prefix((3,))
         self.scheme = Scheme.parse(scheme)
+        recipe = RecipeConfig(scheme=self.scheme)
+        plan = plan_rotations(model_geometry(model.config), **recipe.rotation_options)
+        self.decoder = make_decoder(model, plan, self.ids, (3,), recipe)
+        self.prefix = self.decoder.prefix((3,))
         start = self.decoder.embed(self.ids[:4])
         self.streams = Streams(start, start.clone())
 

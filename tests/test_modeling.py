@@ -13,7 +13,7 @@ from prefixquant.errors import UserError
 from prefixquant.modeling import load
 from prefixquant.modeling.attention import attention_by_sequence, causal_rows
 from prefixquant.modeling.cache import QuantizedLayer
-from prefixquant.modeling.linear import QuantLinear, RMSNorm
+from prefixquant.modeling.linear import QuantLinear, RMSNorm, Rotation
 from prefixquant.modeling.load import linear_weight_bytes
 from prefixquant.quantize import quantize
 from prefixquant.simulate import SimulatedModel
@@ -24,7 +24,7 @@ from tiny_model import byte_tokenizer
 SCHEMES = ("w4a4kv4", "w4a8kv8", "w8a8kv16", "w4a16kv4")
 
 
-def recipe(scheme: str, prefix: str = "text:ab") -> RecipeConfig:
+def recipe(scheme: str, prefix: str = "text:ab", **options) -> RecipeConfig:
     return RecipeConfig(
         scheme=Scheme.parse(scheme),
         prefix=prefix,
@@ -32,6 +32,7 @@ def recipe(scheme: str, prefix: str = "text:ab") -> RecipeConfig:
         seqlen=32,
         search_samples=12,  # with fewer, tokens that none of them holds are cut off
         search_seqlen=32,
+        **options,
     )
 
 
@@ -43,8 +44,8 @@ def write(folder, model, result):
     write_checkpoint(folder, result.tensors, config, result.quantization)
 
 
-def save(folder, model, scheme="w4a4kv4", prefix="text:ab"):
-    result = quantize(model, byte_tokenizer(), recipe(scheme, prefix), CALIBRATION)
+def save(folder, model, scheme="w4a4kv4", prefix="text:ab", **options):
+    result = quantize(model, byte_tokenizer(), recipe(scheme, prefix, **options), CALIBRATION)
     write(folder, model, result)
     return result
 
@@ -85,6 +86,51 @@ def test_packed_model_equals_fake_quantization(family, scheme, tmp_path):
     # Measured: 2e-14 to 1.3e-13 (float32 sums in another order), and 1e-6 where one activation at a
     # rounding tie took the neighbouring level; two unrelated models differ by 2.
     assert error < 1e-4
+
+
+def norms_of(model):
+    """The norms of the blocks; that in front of the head is `model.model.norm`."""
+    return [
+        norm
+        for block in model.model.layers
+        for norm in (block.input_layernorm, block.post_attention_layernorm)
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["w4a4kv4", "w4a4dkv4"])
+@pytest.mark.parametrize("options", [{}, {"r6": False}, {"balance": False}, {"centre": False}])
+def test_r6_of_a_checkpoint(scheme, options, tmp_path):
+    """The norms of the blocks have it, static and dynamic; without R6 the stream has R1."""
+    save(tmp_path / "q", tiny_family("llama"), scheme, **options)
+    model, prompt = load(tmp_path / "q"), ids()
+    r6 = options.get("r6", True)
+    norms = norms_of(model)
+    assert all((norm.rotation is not None) == r6 for norm in norms)
+    assert all(not r6 or norm.rotation.size == 48 for norm in norms)
+    assert model.model.norm.rotation is None
+    actual = model.model(prompt).last_hidden_state
+    expected = SimulatedModel(tmp_path / "q").hidden(prompt)
+    assert (actual - expected).square().sum() / expected.square().sum() < 1e-4
+    for norm in norms:  # it is what makes them equal
+        norm.rotation = None if r6 else Rotation(48)
+    other = model.model(prompt).last_hidden_state
+    assert (other - expected).square().sum() / expected.square().sum() > 0.1
+
+
+def test_the_norms_of_r6_move_with_the_model(tmp_path):
+    """Signs and shift keep their dtypes where the model's changes."""
+    save(tmp_path / "q", tiny_family("llama"))
+    model = load(tmp_path / "q").to(torch.bfloat16)
+    norm = norms_of(model)[0]
+    assert norm.rotation.signs.dtype == torch.int8
+    assert norm.input_scale.dtype == torch.float32
+    assert norm.weight.dtype == torch.float16  # as stored
+    x = torch.randn(3, 48).bfloat16()
+    expected = ops.rmsnorm(x.float(), norm.weight, norm.eps)
+    expected = ops.hadamard(expected, norm.rotation.signs, 48) - norm.shift
+    off = norm(x) - ops.quantize_static(expected, norm.input_scale, 4)
+    assert off.abs().max() <= 1  # ties
+    assert (off != 0).sum() <= 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -94,6 +94,8 @@ def generate(model, ids, mask):
 def test_two_ranks_are_one_model(family, options, tmp_path):
     pytest.importorskip("transformers.distributed", reason="transformers 5.16 has it elsewhere")
     folder = save(tmp_path / "q", family, **options)
+    # R6 is over the residual stream, which both ranks have whole.
+    assert read_checkpoint(folder).quantization.rotations.r6 == ("scheme" in options)
     ids, mask = inputs()
     # Without GPUs in sight the ranks run on the CPU.
     output = run_two_ranks(folder, ids, mask, {"CUDA_VISIBLE_DEVICES": ""})

@@ -83,11 +83,13 @@ def test_same_tokens_as_transformers(family, scheme, tmp_path):
     assert endless(tmp_path / "q").generate(batch, NEW) == expected
 
 
-def test_same_tokens_without_prefix(tmp_path):
-    save(tmp_path / "q", tiny_family("llama"), prefix="none")
-    batch = prompts()
-    expected = transformers_tokens(tmp_path / "q", batch)
-    assert endless(tmp_path / "q").generate(batch, NEW) == expected
+@pytest.mark.parametrize("options", [{"prefix": "none"}, {"r6": False}, {"balance": False}])
+def test_same_tokens_without_a_part(options, tmp_path):
+    save(tmp_path / "q", tiny_family("llama"), **options)
+    runtime, batch = endless(tmp_path / "q"), prompts()
+    norms = [n for b in runtime.weights.blocks for n in (b.input_norm, b.post_norm)]
+    assert {norm.rotation.size for norm in norms} == {1 if "r6" in options else 48}
+    assert runtime.generate(batch, NEW) == transformers_tokens(tmp_path / "q", batch)
 
 
 def test_same_tokens_with_blocks_of_r4_and_an_o_bias(tmp_path):

@@ -103,7 +103,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict:
         search_seqlen=arguments.seqlen,
         finetune=tuning,
     )
-    decoder = FloatDecoder(model, plan_rotations(model_geometry(model.config)), device=device)
+    plan = plan_rotations(model_geometry(model.config), **recipe.rotation_options)
+    decoder = FloatDecoder(model, plan, device=device)
     prefix = decoder.prefix((1,))
     clock.measure("rotate, first", lambda: decoder.block(0))  # makes the matrices
     block = clock.measure("rotate", lambda: decoder.block(0))

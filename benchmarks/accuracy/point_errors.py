@@ -27,8 +27,8 @@ class PointErrors:
     """
 
     @torch.no_grad()
-    def __init__(self, bench: Workbench, r5: bool):
-        recipe = RecipeConfig(scheme=Scheme.parse("w4a4kv4"), r5_block_size=0 if r5 else 1)
+    def __init__(self, bench: Workbench, *, r5: bool, r6: bool):
+        recipe = RecipeConfig(scheme=Scheme.parse("w4a4kv4"), r5_block_size=0 if r5 else 1, r6=r6)
         samples = sample_windows(
             bench.calibration(), SAMPLES + _WINDOWS, recipe.search_seqlen, recipe.seed
         )

@@ -72,6 +72,7 @@ def components(bench: Workbench) -> Iterator[Row]:
         "",
         rotate=False,
         r5=False,
+        r6=False,
         balance=False,
         centre=False,
         prefix=(),
@@ -86,6 +87,7 @@ def components(bench: Workbench) -> Iterator[Row]:
         ("+ balance", {"balance": True}, None),
         ("+ centre", {"centre": True}, None),
         ("+ R5", {"r5": True}, None),
+        ("+ R6 in place of R1", {"r6": True}, None),
         ("+ GPTQ", {"solver": "gptq"}, None),
         ("GPTQ -> QuantEase", {"solver": "quantease"}, None),
         ("+ compensation, RTN", {"solver": "rtn", "compensation": COMPENSATION}, None),
@@ -187,12 +189,21 @@ def heads_rotation(bench: Workbench) -> Iterator[Row]:
         yield _measured(bench, Setting("with R5" if r5 else "without", r5=r5))
 
 
+def norms_rotation(bench: Workbench) -> Iterator[Row]:
+    """R6 behind the norms in place of R1 (W4A4KV4, verified prefix)."""
+    for balance in (False, True):
+        for r6 in (False, True):
+            label = f"{'R6' if r6 else 'R1'}, {'balanced' if balance else 'not balanced'}"
+            yield _measured(bench, Setting(label, r6=r6, balance=balance))
+
+
 def points(bench: Workbench) -> Iterator[Row]:
     """Squared errors of 4-bit activations in the outputs of what reads them, by point, in %."""
-    for r5, which in ((False, ("qkv", "o", "gate_up", "down")), (True, ("o",))):
-        errors = PointErrors(bench, r5)
+    behind = {"R5": ("o",), "R6": ("qkv", "gate_up")}
+    for rotation, which in (("", ("qkv", "o", "gate_up", "down")), *behind.items()):
+        errors = PointErrors(bench, r5=rotation == "R5", r6=rotation == "R6")
         for point in which:
-            label = f"{point}, R5" if r5 else point
+            label = f"{point}, {rotation}" if rotation else point
             yield {"point": label}, lambda e=errors, p=point: e.figures[p]
 
 
@@ -246,6 +257,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "eta": eta,
     "seeds": seeds,
     "r5": heads_rotation,
+    "r6": norms_rotation,
     "points": points,
 }
 

@@ -81,6 +81,7 @@ class Run:
             balance=arguments.balance,
             centre=arguments.centre,
             r5_block_size=0 if arguments.r5 else 1,
+            r6=arguments.r6,
             finetune=tuning,
         )
 
@@ -102,7 +103,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=defaults.batch)
     parser.add_argument("--search-samples", type=int, default=RecipeConfig().search_samples)
     parser.add_argument("--solver", default=RecipeConfig().solver)
-    for name in ("balance", "centre"):
+    for name in ("balance", "centre", "r6"):
         default = getattr(RecipeConfig(), name)
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default)
     parser.add_argument("--r5", action=argparse.BooleanOptionalAction, default=True)

@@ -49,11 +49,12 @@ SETTINGS = (
     "w4a4kv4:none:plain",
 )
 # Static quantization as in PrefixQuant without fine-tuning: rounded weights, nothing compensated,
-# balanced or centred, no R5.
+# balanced or centred, no R5, R1 in place of R6.
 PLAIN = {
     "solver": "rtn",
     "compensation": 0.0,
     "r5_block_size": 1,
+    "r6": False,
     "balance": False,
     "centre": False,
 }

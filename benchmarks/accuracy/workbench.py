@@ -41,6 +41,7 @@ class Setting:
     balance: bool = RecipeConfig().balance
     centre: bool = RecipeConfig().centre
     r5: bool = True
+    r6: bool = RecipeConfig().r6
     solver: str = RecipeConfig().solver
     compensation: float = COMPENSATION
     samples: int = RecipeConfig().search_samples
@@ -112,6 +113,7 @@ class Workbench:
             scheme=scheme,
             rotate=setting.rotate,
             r5_block_size=0 if setting.r5 else 1,
+            r6=setting.r6,
             balance=setting.balance,
             centre=setting.centre,
             seed=setting.seed,

@@ -21,6 +21,8 @@ class DecoderStep:
         mlp_size: int,
         attention_signs: Tensor | None,
         attention_size: int,
+        norm_signs: Tensor | None,
+        norm_size: int,
     ) -> None: ...
     def add_block(
         self,
@@ -160,6 +162,16 @@ def prepack_w8(weight: Tensor, prepacked: Tensor) -> None: ...
 def quantize_dynamic(x: Tensor, bits: int, clip: float, q: Tensor, scale: Tensor) -> None: ...
 def quantize_static(x: Tensor, scale: Tensor, bits: int, q: Tensor) -> None: ...
 def rmsnorm(x: Tensor, weight: Tensor | None, eps: float, y: Tensor) -> None: ...
+def rmsnorm_hadamard_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    signs: Tensor | None,
+    scale: Tensor,
+    bits: int,
+    shift: Tensor | None,
+    q: Tensor,
+) -> None: ...
 def rmsnorm_quantize(
     x: Tensor,
     weight: Tensor | None,

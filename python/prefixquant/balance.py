@@ -11,13 +11,19 @@ it is read:
   RoPE turns into each other, and for the query heads that share a KV head. With q and k norms their
   weights carry it, alike for all heads.
 
+With R6 behind the norms of a block their outputs are such a place too: the norm's weight is 1/d_c,
+and the channel's columns in q, k and v (gate and up) are multiplied by g_c d_c, g the norm's weight
+as it was. Without, d would be folded away: R1 needs norms that are alike for all channels.
+
 Behind a Hadamard rotation errors lie evenly on all channels, whichever the values came from. With
 a_c the root mean square of a channel and w_c that of what reads it, quantizing the activations or
 the weights to a share e of their size leaves in the output
 
     e^2 (sum_c a_c^2 / d_c^2) (sum_c w_c^2 d_c^2)   >=   e^2 (sum_c a_c w_c)^2
 
-(Cauchy-Schwarz), equal where d_c^2 = a_c / w_c. The model computes what it computed before.
+(Cauchy-Schwarz), equal where d_c^2 = a_c / w_c. The model computes what it computed before. Where
+a mean is taken out behind the norms (`prefixquant.centre`), a_c is that of what is left, the
+standard deviation.
 
 SmoothQuant (Xiao et al., arXiv 2211.10438, equation 4) migrates maxima in this form for linears
 that are not rotated; OSTQuant (Hu et al., arXiv 2501.13987) trains such scales beside rotations.
@@ -25,6 +31,7 @@ that are not rotated; OSTQuant (Hu et al., arXiv 2501.13987) trains such scales 
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from prefixquant.roles import BlockWeights, Geometry
@@ -42,6 +49,8 @@ class BlockBalance:
     inner: Tensor  # [I]: up_proj's outputs
     value: Tensor  # [H_kv, D]: v_proj's
     key: Tensor  # [H_kv, D]: k_proj's; both halves of D alike
+    qkv: Tensor | None = None  # [C]: the norm's before attention; None: without R6
+    gate_up: Tensor | None = None  # [C]: the norm's before the MLP
 
 
 def balance_block(block: BlockWeights, balance: BlockBalance, geometry: Geometry) -> BlockWeights:
@@ -57,6 +66,19 @@ def balance_block(block: BlockWeights, balance: BlockBalance, geometry: Geometry
         if biases[role] is not None:
             biases[role] = biases[role] * factors
 
+    norms = {}
+    for name, given, readers in (
+        ("input_norm", balance.qkv, "qkv"),
+        ("post_norm", balance.gate_up, ("gate", "up")),
+    ):
+        if given is not None:
+            norm = getattr(block, name)
+            norms[name] = norm_weight(given).to(norm)
+            # The columns take the inverse of what the norm has, not of what it was rounded from.
+            factors = norm.double() / norms[name].double()
+            for role in readers:
+                weights[role] = (weights[role].double() * factors).to(weights[role].dtype)
+
     scale_outputs("up", 1 / inner)
     weights["down"] = weights["down"] * inner
     scale_outputs("v", 1 / value.flatten())
@@ -66,12 +88,19 @@ def balance_block(block: BlockWeights, balance: BlockBalance, geometry: Geometry
             block,
             weights=weights,
             biases=biases,
+            **norms,
             q_norm=block.q_norm * key[0],
             k_norm=block.k_norm / key[0],
         )
     scale_outputs("k", 1 / key.flatten())
     scale_outputs("q", key.repeat_interleave(group, 0).flatten())
-    return replace(block, weights=weights, biases=biases)
+    return replace(block, weights=weights, biases=biases, **norms)
+
+
+def norm_weight(d: Tensor) -> Tensor:
+    """The weight 1/d of a norm, rounded to bfloat16; float16 has these values too, at most 32^2
+    from 1 as they are. What a checkpoint stores is then what the columns were divided by."""
+    return (1 / d.double()).to(torch.bfloat16)
 
 
 def balanced(made: Tensor, read: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ class BlockShape:
     r3_size: int
     r4_size: int
     r5_size: int = 1
+    r6_size: int = 1  # the hidden size, or none
 
 
 @dataclass
@@ -91,9 +92,10 @@ def quantize_point(x: Tensor, point: str, scales: BlockScales) -> Tensor:
 
 def normed(block: BlockWeights, shape: BlockShape, point: str, x: Tensor) -> Tensor:
     """What the linears of "qkv" or "gate_up" read of the stream x [B, T, C], not quantized: behind
-    the norm, with the point's shift taken out."""
+    the norm and R6, with the point's shift taken out."""
     weight = block.input_norm if point == "qkv" else block.post_norm
     y, shift = rms_norm(x, weight, shape.geometry.eps), block.shifts.get(point)
+    y = rotate_last_dim(y, shape.r6_size)
     return y if shift is None else y - shift
 
 

@@ -12,7 +12,7 @@ x - m is quantized, and W m, in the float weight, is a bias: the mean takes no p
 the activations nor in those of the weight. The model computes what it computed before. Where a mean
 goes:
 
-- what q, k and v read, and what gate and up read: subtracted behind the RMSNorm;
+- what q, k and v read, and what gate and up read: subtracted behind the RMSNorm (and R6);
 - o_proj's input: it is an average of values, with weights that sum to 1. With ``v' = v - n`` for
   every token and every prefix token, attention gives ``o - n``. So n is a bias of v_proj, V is
   centred with it, and nothing is subtracted at run time. One n [H_kv, D] for the query heads that

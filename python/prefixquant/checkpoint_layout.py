@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefixquant.config import QuantizationConfig
-from prefixquant.errors import CheckpointError
+from prefixquant.errors import CheckpointError, UnsupportedModelError
+from prefixquant.hadamard import split_size
 from prefixquant.packing import (
     OUTLIER_INDEX,
     OUTLIER_VALUE,
@@ -206,6 +207,11 @@ def check_model_config(
             raise CheckpointError(
                 f"{where}: {name} expected a divisor of {what} {width}, got {block}"
             )
+    if rotations.r6:
+        try:
+            split_size(sizes.hidden_size)
+        except UnsupportedModelError as error:
+            raise CheckpointError(f"{where}: r6 of hidden_size: {error}") from error
     bad = [t for t in quantization.prefix_token_ids if t >= sizes.vocab_size]
     if bad:
         raise CheckpointError(

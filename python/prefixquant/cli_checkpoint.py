@@ -22,6 +22,9 @@ from prefixquant.progress import Progress, for_stream
 if TYPE_CHECKING:
     import torch
 
+# A panel of their own: the one long negative would narrow the texts of all options beside it.
+_ROTATIONS = "Rotations"
+
 
 def quantize(  # noqa: PLR0913 - the arguments are the options
     context: typer.Context,
@@ -38,7 +41,7 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
         int, typer.Option(help="Columns that share a scale; 0: all of a row.")
     ] = 0,
     outlier_fraction: Annotated[
-        float, typer.Option(help="16-bit weights of quantease-outlier.")
+        float, typer.Option(help="16-bit part of quantease-outlier.")
     ] = 0.01,
     prefix: Annotated[str, typer.Option(help=f"{', '.join(PREFIX_MODES)}, text:....")] = "verified",
     calib: Text = "pydoc",
@@ -47,10 +50,23 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
     search_samples: Annotated[int, typer.Option(help="Windows that scales and weights fit.")] = 32,
     search_seqlen: Annotated[int, typer.Option(help="Tokens of such a window.")] = 1024,
     eta: Annotated[float, typer.Option(help="Outlier: abs-max above eta medians.")] = 64.0,
-    r4_block_size: Annotated[int, typer.Option(help="Block of down_proj's Hadamard; 0: one.")] = 0,
-    r5_block_size: Annotated[int, typer.Option(help="Block of o_proj's; 1: none.")] = 0,
+    r4_block_size: Annotated[
+        int,
+        typer.Option(help="Block of down_proj's Hadamard; 0: one.", rich_help_panel=_ROTATIONS),
+    ] = 0,
+    r5_block_size: Annotated[
+        int, typer.Option(help="Block of o_proj's; 1: none.", rich_help_panel=_ROTATIONS)
+    ] = 0,
+    r6: Annotated[
+        bool,
+        typer.Option(
+            "--r6/--no-r6",
+            help="Behind norms, in place of R1.",
+            rich_help_panel=_ROTATIONS,
+        ),
+    ] = True,
     epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning each block.")] = 0,
-    e2e_epochs: Annotated[int, typer.Option(help="Epochs of training all blocks together.")] = 0,
+    e2e_epochs: Annotated[int, typer.Option(help="Epochs of all blocks together.")] = 0,
     train_samples: Annotated[
         int, typer.Option(help="Windows of 1024 tokens to train on.")
     ] = FinetuneConfig.samples,
@@ -93,6 +109,7 @@ def quantize(  # noqa: PLR0913 - the arguments are the options
         "search_seqlen": search_seqlen,
         "r4_block_size": r4_block_size,
         "r5_block_size": r5_block_size,
+        "r6": r6,
         "seed": seed,
     }
     finetune = {"epochs": epochs, "e2e_epochs": e2e_epochs, "samples": train_samples}

@@ -128,10 +128,11 @@ def _from_dict(cls: type, data: dict[str, Any], where: str):
 class Rotations:
     """Which Hadamard rotations the checkpoint's tensors contain (`prefixquant.rotate`).
 
-    R1 and R2 are folded into the weights; R3 (q and k after RoPE), R4 (down_proj input) and R5
-    (o_proj input, across heads) are computed at run time. ``r4_block_size`` is the size of the R4
-    blocks: the intermediate size for a full transform; ``r5_block_size`` that of the R5 blocks: the
-    width of all heads for a full one.
+    R1 and R2 are folded into the weights; R3 (q and k after RoPE), R4 (down_proj input), R5
+    (o_proj input, across heads) and R6 (what a block's norms give, over the whole hidden size) are
+    computed at run time. ``r4_block_size`` is the size of the R4 blocks: the intermediate size for
+    a full transform; ``r5_block_size`` that of the R5 blocks: the width of all heads for a full
+    one. R6 takes the place of R1: a model has one of them at most.
     """
 
     r1: bool = True
@@ -141,11 +142,14 @@ class Rotations:
     r4_block_size: int = 0
     r5: bool = False  # absent in checkpoints that are older than it
     r5_block_size: int = 0
+    r6: bool = False  # absent in checkpoints that are older than it
 
     def __post_init__(self):
-        for name in ("r1", "r2", "r3", "r4", "r5"):
+        for name in ("r1", "r2", "r3", "r4", "r5", "r6"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"rotations: {name} expected true or false")
+        if self.r1 and self.r6:
+            raise UserError("rotations: r6 takes the place of r1, expected one of them at most")
         for name in ("r4_block_size", "r5_block_size"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
                 raise UserError(f"rotations: {name} expected an integer >= 0")
@@ -159,6 +163,10 @@ class Rotations:
     def r5_size(self) -> int:
         """Of the R5 blocks; 1 is none."""
         return self.r5_block_size if self.r5 else 1
+
+    def r6_size(self, hidden: int) -> int:
+        """Of the R6 transform in a model of that hidden size; 1 is none."""
+        return hidden if self.r6 else 1
 
 
 @dataclass(frozen=True)
@@ -330,6 +338,7 @@ class RecipeConfig:
     search_seqlen: int = 1024
     r4_block_size: int = 0  # 0: the whole intermediate size
     r5_block_size: int = 0  # of 4-bit activations; 0: all heads in one block, 1: no R5
+    r6: bool = True  # with 4-bit activations: R6 in place of R1
     rotate: bool = True
     balance: bool = True  # even out channels before they are rotated (`prefixquant.balance`)
     centre: bool = True  # take means out of activations, K and V (`prefixquant.centre`)
@@ -363,12 +372,14 @@ class RecipeConfig:
 
     @property
     def rotation_options(self) -> dict[str, Any]:
-        """The arguments of `rotate.plan_rotations`. R5 is an operation more at run time, for an
-        error that activations of more than 4 bits do not have."""
+        """The arguments of `rotate.plan_rotations`. R5 and R6 are work at run time, for an error
+        that activations of more than 4 bits do not have."""
+        four_bit = self.scheme.activation_bits == 4
         return {
             "rotate": self.rotate,
             "r4_block_size": self.r4_block_size,
-            "r5_block_size": self.r5_block_size if self.scheme.activation_bits == 4 else 1,
+            "r5_block_size": self.r5_block_size if four_bit else 1,
+            "r6": self.r6 and four_bit,
             "seed": self.seed,
         }
 

@@ -38,7 +38,8 @@ def compute_device(model: nn.Module) -> torch.device:
 
 
 class FloatDecoder:
-    """The float model with norms folded and rotations applied, without a second copy of it.
+    """The float model with rotations applied and norms folded (with R6 only the last one), without
+    a second copy of it.
 
     ``model`` is left as it is. A block's rotated weights are made when asked for and belong to the
     caller; the embedding and the head are rotated by the slice they are used on.
@@ -70,7 +71,9 @@ class FloatDecoder:
         self.centre = centre
         self.roles = model_roles(model.config)
         self.geometry = model_geometry(model.config)
-        self.shape = BlockShape(self.geometry, plan.r3_size, plan.r4_size, plan.r5_size)
+        self.shape = BlockShape(
+            self.geometry, plan.r3_size, plan.r4_size, plan.r5_size, plan.r6_size
+        )
         self._blocks = model_blocks(model, self.roles)
 
     def __len__(self) -> int:

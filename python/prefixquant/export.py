@@ -4,15 +4,16 @@
 The integers are those of the checkpoint, packed as ``pack-quantized`` wants them: int32 words of
 32 / b values, value i at bits b i, unsigned with an offset of 2^(b-1). Activations and K/V are then
 16-bit, so the prefix has nothing to do and is left out, and so are R3, which cancels in q k^T, and
-the shift of the keys, which changes no softmax. R1
-and R2 are in the weights. R4, and R5 of a checkpoint with 4-bit activations, are operations at run
-time that stock engines do not have: they are taken out of down_proj's and o_proj's weights, which
-leave the 4-bit grid by that and are either rounded again, in groups of 128 columns, or kept in 16
-bits. What a centred checkpoint subtracts behind its norms
-moves into the biases, ``W (x - m) + b = W x + (b - W m)``, which takes an architecture with a bias
-for every linear: llama.
+the shift of the keys, which changes no softmax. R1 and R2 are in the weights. R4, and R5 and R6 of
+a checkpoint with 4-bit activations, are operations at run time that stock engines do not have: they
+are taken out of the weights of down_proj, of o_proj, and of q, k, v, gate and up, which leave the
+4-bit grid by that and are either rounded again, in groups of 128 columns, or kept in 16 bits. What
+a centred checkpoint subtracts behind its norms moves into the biases, ``W (x - m) + b = W x +
+(b - W m)``, which takes an architecture with a bias for every linear: llama. With R6 m is what is
+subtracted behind it, and W the weight before R6 is taken out: ``W (H y - m)``.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,13 @@ from prefixquant.packing import unpack_weight
 from prefixquant.progress import SILENT, Progress
 from prefixquant.quantizer import qrange
 from prefixquant.report import format_bytes
-from prefixquant.roles import LINEARS, POINT_OF, Roles, model_roles
+from prefixquant.roles import LINEARS, POINT_OF, POINTS, Roles, model_roles
 from prefixquant.solvers import solve_rtn
 from prefixquant.solvers.weight import QuantizedWeight
 
 DOWN_PROJ = ("int4", "16bit")
 _GROUP = 128  # what engines have kernels for
+_BEHIND_NORMS = (*POINTS["qkv"], *POINTS["gate_up"])
 
 
 def export_compressed_tensors(
@@ -56,11 +58,11 @@ def export_compressed_tensors(
 
     Args:
         path: a prefixquant checkpoint with weights of 4 or 8 bits.
-        down_proj: where R4 has to be taken out of it (and of o_proj where R5 has), ``"int4"``
-            rounds it again and ``"16bit"`` keeps the exact product.
+        down_proj: where R4 has to be taken out of it (and of o_proj where R5 has, of the others
+            where R6 has), ``"int4"`` rounds it again and ``"16bit"`` keeps the exact product.
 
     Returns:
-        ``down_proj_relative_error``, ``o_proj_relative_error``: of rounding them again,
+        ``q_proj_relative_error`` and so on for all linears: of rounding them again,
         |W' - W|^2 / |W|^2, block by block (empty where they were not); ``bytes``: of the tensors.
 
     Raises:
@@ -100,8 +102,7 @@ def export_compressed_tensors(
     return {
         "output": str(output),
         "down_proj": down_proj if view.online else "as it was",
-        "down_proj_relative_error": view.errors["down"],
-        "o_proj_relative_error": view.errors["o"],
+        **{f"{role}_proj_relative_error": view.errors[role] for role in LINEARS},
         "bytes": sum(t.numel() * t.element_size() for t in view.tensors.values()),
     }
 
@@ -110,10 +111,10 @@ def describe_export(report: dict[str, Any]) -> str:
     """The report of `export_compressed_tensors` as a line for people."""
     size, how = format_bytes(report["bytes"]), report["down_proj"]
     line = f"{report['output']}: {size}, down_proj {how}"
-    for name in ("down_proj", "o_proj"):
-        errors = report[f"{name}_relative_error"]
+    for roles in (("down",), ("o",), _BEHIND_NORMS):
+        errors = [e for role in roles for e in report[f"{role}_proj_relative_error"]]
         if errors:
-            line += ", o_proj too" if name == "o_proj" else ""
+            line += "" if roles == ("down",) else f", {_and(f'{role}_proj' for role in roles)} too"
             line += f", relative error {sum(errors) / len(errors):.2g}"
     return line
 
@@ -128,13 +129,15 @@ class _View:
         self.dtype = self.source["lm_head.weight"].dtype
         rotations, sizes = self.quantization.rotations, checkpoint.sizes
         online = {"o": rotations.r5_size, "down": rotations.r4_size}
+        online |= dict.fromkeys(_BEHIND_NORMS, rotations.r6_size(sizes.hidden_size))
         # role -> the size of the blocks to be taken out of its weight
-        self.online = {role: size for role, size in online.items() if size > 1}
+        self.online = {role: online[role] for role in LINEARS if online[role] > 1}
         self.keeps = down_proj == "16bit"
         widths = {"o": sizes.attended_size, "down": sizes.intermediate_size}
+        widths |= dict.fromkeys(_BEHIND_NORMS, sizes.hidden_size)
         self.groups = {role: 0 if widths[role] % _GROUP else _GROUP for role in self.online}
         self.tensors: dict[str, Tensor] = {}
-        self.errors: dict[str, list[float]] = {"o": [], "down": []}
+        self.errors: dict[str, list[float]] = {role: [] for role in LINEARS}
 
     def add_block(self, index: int, roles: Roles) -> None:
         block = f"{roles.blocks}.{index}"
@@ -222,6 +225,11 @@ def _linears(roles: list[str]) -> str:
     return rf"re:.*\.({names})$" if len(roles) > 1 else rf"re:.*\.{names}$"
 
 
+def _and(names: Iterable[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join(", ".join(names).rsplit(", ", 1))
+
+
 def pack_int32(q: Tensor, bits: int) -> Tensor:
     """int8 [N, K] -> int32 [N, ceil(K / (32 / bits))]: value i at bits ``bits * i`` of its word,
     unsigned with an offset of 2^(bits-1); the last word is filled up with 0."""
@@ -263,7 +271,7 @@ def _write(checkpoint: Checkpoint, view: _View, output: Path) -> None:
 
 def _card(checkpoint: Checkpoint, view: _View) -> str:
     bits = checkpoint.quantization.weight_bits
-    names = " and ".join(f"{role}_proj" for role in view.online)
+    names = _and(f"{role}_proj" for role in view.online)
     many = len(view.online) > 1
     if not view.online:
         down = ""

@@ -202,7 +202,7 @@ def describe_plan(plan: Mapping[str, Any]) -> str:
 def describe_checkpoint(report: Mapping[str, Any]) -> str:
     quantization, sizes = report["quantization"], report["architecture"]
     rotations = quantization["rotations"]
-    names = [name.upper() for name in ("r1", "r2", "r3", "r4", "r5") if rotations[name]]
+    names = [name.upper() for name in ("r1", "r2", "r3", "r4", "r5", "r6") if rotations[name]]
     online = [name for name in ("r4", "r5") if rotations[name]]
     blocks = [f"{name.upper()} {rotations[f'{name}_block_size']}" for name in online]
     lines = [

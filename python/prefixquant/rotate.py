@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norm folding and the rotations R1-R5, block by block in float64.
+"""Norm folding and the rotations R1-R6, block by block in float64.
 
 With H_n the orthonormal Hadamard matrix of `prefixquant.hadamard` and S a diagonal of random signs:
 
@@ -13,10 +13,16 @@ With H_n the orthonormal Hadamard matrix of `prefixquant.hadamard` and S a diago
   scale that all share fits few of them. SmolLM2-135M with static 4-bit activations: the squared
   error of o_proj's outputs is 2.1 % in place of 4.3 (q, k and v 1.7, gate and up 2.1, down 1.3).
 
+- R6, what a block's two norms give: ``H (rmsnorm(x) * w)`` over the whole hidden size, at run
+  time; its inverse is folded into q, k, v, gate and up here. It takes the place of R1: the residual
+  stream keeps its channels, and the weights w of the norms are free to even them out before they
+  are mixed (`prefixquant.balance`).
+
 R1-R4 are those of SpinQuant (arXiv 2405.16406, section 3); R5 is the online Hadamard across heads
 of QuaRot (arXiv 2404.00456, section 4).
 
-RMSNorm weights are folded into the linears that follow, so that R1 commutes with the norm.
+RMSNorm weights are folded into the linears that follow, so that R1 commutes with the norm. With R6
+those of the blocks stay where they are.
 """
 
 from dataclasses import dataclass
@@ -100,6 +106,10 @@ class RotationPlan:
     def r5_size(self) -> int:
         return self.rotations.r5_size
 
+    @property
+    def r6_size(self) -> int:
+        return self.rotations.r6_size(self.geometry.hidden)
+
 
 def plan_rotations(
     geometry: Geometry,
@@ -107,6 +117,7 @@ def plan_rotations(
     rotate: bool = True,
     r4_block_size: int = 0,
     r5_block_size: int = 0,
+    r6: bool = False,
     seed: int = 0,
 ) -> RotationPlan:
     """Checks that every size has a Hadamard matrix and draws the signs of R1.
@@ -115,6 +126,7 @@ def plan_rotations(
         rotate: False leaves all of them out.
         r4_block_size: 0 is the intermediate size, in one block.
         r5_block_size: 0 is all heads, in one block; 1 is no R5.
+        r6: R6 in the place of R1.
 
     Raises:
         UnsupportedModelError: a size has no construction, ``r4_block_size`` does not divide the
@@ -132,7 +144,7 @@ def plan_rotations(
     signs = torch.randint(0, 2, (geometry.hidden,), generator=generator).double() * 2 - 1
     none = Rotations(r1=False, r2=False, r3=False, r4=False)
     r5 = {"r5": True, "r5_block_size": r5_block} if r5_block > 1 else {}
-    found = Rotations(r4_block_size=r4_block, **r5)
+    found = Rotations(r1=not r6, r4_block_size=r4_block, r6=r6, **r5)
     return RotationPlan(found if rotate else none, geometry, signs)
 
 
@@ -150,8 +162,8 @@ def rotate_residual_rows(rows: Tensor, plan: RotationPlan) -> Tensor:
 
 
 def rotate_block(block: BlockWeights, plan: RotationPlan) -> BlockWeights:
-    """The block with its norms folded in and R1, R2 and the inverses of R4 and R5 applied; float64
-    inside, the dtype of the input outside. It must not be centred yet."""
+    """The block with R1, R2 and the inverses of R4, R5 and R6 applied, its norms folded in but with
+    R6; float64 inside, the dtype of the input outside. It must not be centred yet."""
     dtype = block.input_norm.dtype
     wide = block.to(dtype=torch.float64)
     weights, biases = dict(wide.weights), dict(wide.biases)
@@ -159,7 +171,13 @@ def rotate_block(block: BlockWeights, plan: RotationPlan) -> BlockWeights:
 
     for norm, readers in ((wide.input_norm, "qkv"), (wide.post_norm, ("gate", "up"))):
         for role in readers:
-            weights[role] = rotate_residual_rows(weights[role] * norm, plan)
+            if plan.rotations.r6:
+                weights[role] = rotate_last_dim(weights[role], plan.r6_size)
+            else:
+                weights[role] = rotate_residual_rows(weights[role] * norm, plan)
+    norms = block.input_norm, block.post_norm
+    if not plan.rotations.r6:
+        norms = tuple(torch.ones_like(norm) for norm in norms)
 
     # R2: v_proj's output rows, head by head, and o_proj's input columns.
     weights["v"] = (
@@ -183,8 +201,7 @@ def rotate_block(block: BlockWeights, plan: RotationPlan) -> BlockWeights:
     return BlockWeights(
         {role: w.to(dtype).contiguous() for role, w in weights.items()},
         {role: None if b is None else b.to(dtype).contiguous() for role, b in biases.items()},
-        torch.ones_like(block.input_norm),
-        torch.ones_like(block.post_norm),
+        *norms,
         block.q_norm,
         block.k_norm,
     )

@@ -40,6 +40,7 @@ class SimulatedModel:
             self.geometry.head_dim if rotations.r3 else 1,
             rotations.r4_size,
             rotations.r5_size,
+            rotations.r6_size(self.geometry.hidden),
         )
         self.rotary = _rotary_embedding(self.config).to(self.device)
         self.blocks = [self._block(i) for i in range(self.geometry.layers)]

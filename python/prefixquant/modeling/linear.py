@@ -244,28 +244,46 @@ class QuantLinear(FixedDtypeModule):
 
 
 class QuantRMSNorm(FixedDtypeModule):
-    """RMSNorm that hands on int8 containers: ``q(x / rms(x) * weight - shift)``."""
+    """RMSNorm that hands on int8 containers: ``q(R6(x / rms(x) * weight) - shift)``; ``rotation``
+    is R6, None for none."""
 
     def __init__(
-        self, weight: Tensor, eps: float, scale: Tensor, bits: int, shift: Tensor | None = None
+        self,
+        weight: Tensor,
+        eps: float,
+        scale: Tensor,
+        bits: int,
+        shift: Tensor | None = None,
+        rotation: Rotation | None = None,
     ):
         super().__init__(weight.dtype, weight.device)
         self.eps = eps
         self.bits = bits
+        self.rotation = rotation
         # Folded norms are all ones: then there is nothing to multiply by.
         self.register_buffer("weight", None if bool((weight == 1).all()) else weight)
         self.register_buffer("input_scale", scale)
         self.register_buffer("shift", shift)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.rotation is not None:
+            return ops.rmsnorm_hadamard_quantize(
+                x,
+                self.weight,
+                self.eps,
+                self.rotation.signs,
+                self.input_scale,
+                self.bits,
+                self.shift,
+            )
         return ops.rmsnorm_quantize(
             x, self.weight, self.eps, self.input_scale, self.bits, shift=self.shift
         )
 
 
 class RMSNorm(FixedDtypeModule):
-    """``x / rms(x) * weight - shift`` in the dtype of x; weight and shift [C] as the checkpoint
-    has them."""
+    """``R6(x / rms(x) * weight) - shift`` in the dtype of x; weight and shift [C] as the checkpoint
+    has them; ``rotation`` is R6, None for none."""
 
     def __init__(
         self,
@@ -274,9 +292,11 @@ class RMSNorm(FixedDtypeModule):
         compute_dtype: torch.dtype,
         stored_dtype: torch.dtype,
         shift: Tensor | None = None,
+        rotation: Rotation | None = None,
     ):
         super().__init__(compute_dtype, weight.device, stored_dtype)
         self.eps = eps
+        self.rotation = rotation
         # A parameter: transformers takes the model's dtype and device from those.
         self.weight = nn.Parameter(weight.to(compute_dtype), requires_grad=False)
         self.register_buffer("shift", shift)
@@ -287,6 +307,7 @@ class RMSNorm(FixedDtypeModule):
 
     def forward(self, x: Tensor) -> Tensor:
         y = ops.rmsnorm(x, self.weight, self.eps)
+        y = y if self.rotation is None else self.rotation(y)
         return y if self.shift is None else (y - self.shift).to(y.dtype)
 
 

@@ -167,6 +167,7 @@ class _Builder:
         self.r3 = Rotation(head_dim if rotations.r3 else 1).to(device)
         self.r4 = Rotation(rotations.r4_size).to(device)
         self.r5 = Rotation(rotations.r5_size).to(device) if rotations.r5_size > 1 else None
+        self.r6 = Rotation(config.hidden_size).to(device) if rotations.r6 else None
 
     def tensor(self, name: str) -> Tensor:
         return self.tensors[name].to(self.device)
@@ -210,13 +211,16 @@ class _Builder:
         return SparseOutliers(torch.cat(index), torch.cat(value), (first, columns))
 
     def norm(self, name: str, scale: str | None) -> nn.Module:
+        """Without ``scale`` one that no point is behind: of heads, or in front of the head."""
         weight = self.tensor(f"{name}.weight")
         eps = self.config.rms_norm_eps
         static = self.scheme.activation_bits < 16 and self.scheme.activation_mode == "static"
         shift = None if scale is None else self.optional(shift_tensor(scale))
+        r6 = None if scale is None else self.r6
         if scale is None or not static:
-            return RMSNorm(weight, eps, self.dtype, self.stored_dtype, shift)
-        return QuantRMSNorm(weight, eps, self.tensor(scale), self.scheme.activation_bits, shift)
+            return RMSNorm(weight, eps, self.dtype, self.stored_dtype, shift, r6)
+        bits = self.scheme.activation_bits
+        return QuantRMSNorm(weight, eps, self.tensor(scale), bits, shift, r6)
 
     def fill_block(self, block: nn.Module, index: int) -> None:
         roles, name = self.roles, f"{self.roles.blocks}.{index}"

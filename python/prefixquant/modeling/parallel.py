@@ -5,7 +5,7 @@ q, k, v, gate and up are cut by output channels, o_proj and down_proj by input c
 these two are added up across ranks. K/V scales, the keys' shift and the prefix are cut by KV head.
 Static scales of activations are one per tensor and need no maximum across ranks. R4 mixes channels
 and R5 heads, so their blocks must fit a rank's part: quantize with ``--r4-block-size`` and
-``--r5-block-size``.
+``--r5-block-size``. R6 is over the residual stream, which every rank has whole.
 """
 
 from collections.abc import Iterator, Mapping

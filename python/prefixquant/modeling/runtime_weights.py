@@ -101,7 +101,8 @@ def _block(block: nn.Module, roles: Roles, dtype: torch.dtype) -> Block:
 
 def _norm(norm: QuantRMSNorm, dtype: torch.dtype) -> Norm:
     weight = None if norm.weight is None else norm.weight.to(dtype)
-    return Norm(weight, norm.eps, norm.input_scale, norm.bits, norm.shift)
+    rotation = _rotation(norm.rotation)
+    return Norm(weight, norm.eps, norm.input_scale, norm.bits, norm.shift, rotation)
 
 
 def _rotation(rotation: RotationModule | None) -> Rotation:

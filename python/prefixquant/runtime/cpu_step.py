@@ -63,6 +63,8 @@ class CpuStep:
             mlp_size=weights.mlp_rotation.size,
             attention_signs=weights.attention_rotation.signs,
             attention_size=weights.attention_rotation.size,
+            norm_signs=first.input_norm.rotation.signs,
+            norm_size=first.input_norm.rotation.size,
         )
         for layer, block in enumerate(weights.blocks):
             step.add_block(

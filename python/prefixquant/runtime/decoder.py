@@ -4,13 +4,13 @@
 A step works on flat tokens: T tokens of one or more sequences side by side, [T, C], without
 padding. Nine operations a block (`Decoder._queries` to `Decoder._behind_attention`), ten with R5::
 
-    rmsnorm_quantize          hidden -> int8
+    rmsnorm_quantize          hidden -> int8, or rmsnorm_hadamard_quantize: with R6
     gemm_fused                q, k, v as one product
     rope_kv_append            RoPE and R3; k and v quantized into the cache
     kv_decode_attention       over [prefix | cache], quantized for the next product, or
       hadamard_quantize       R5 of it -> int8
     gemm_fused                o projection + residual
-    rmsnorm_quantize          hidden -> int8
+    rmsnorm_quantize          hidden -> int8, or as above
     gemm_fused                gate and up as one product
     swiglu_hadamard_quantize  R4 (silu(gate) * up) -> int8
     gemm_fused                down projection + residual

@@ -97,9 +97,8 @@ def random_weights(
     prefix: int = 1,
     seed: int = 0,
 ) -> Weights:
-    """`Weights` of a configuration with random values whose activations stay of order 1; centred,
-    rotated as checkpoints
-    are by default.
+    """`Weights` of a configuration with random values whose activations stay of order 1; centred
+    and rotated as checkpoints are by default.
 
     Args:
         scheme: static activations of 4 or 8 bits, weights of 4 or 8.
@@ -128,6 +127,11 @@ class _Maker:
         self.dtype = compute_dtype(device, dtype, torch.float16)
         self.stored = torch.float16 if self.dtype == torch.float32 else self.dtype
         self.prefix = prefix
+        four_bit = scheme.activation_bits == 4
+        self.attention_rotation = rotation(
+            geometry.heads * geometry.head_dim if four_bit else 1, device
+        )
+        self.norm_rotation = rotation(geometry.hidden if four_bit else 1, device)
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def weights(self, config, head_bits: int) -> Weights:
@@ -139,9 +143,7 @@ class _Maker:
             kv_bits=self.scheme.kv_bits,
             rotation=rotation(g.head_dim, self.device),
             mlp_rotation=rotation(g.intermediate, self.device),
-            attention_rotation=rotation(
-                g.heads * g.head_dim if self.scheme.activation_bits == 4 else 1, self.device
-            ),
+            attention_rotation=self.attention_rotation,
             embedding=embedding,
             blocks=[self.block(config.model_type == "qwen3") for _ in range(g.layers)],
             final_norm=torch.ones(g.hidden, dtype=self.dtype, device=self.device),
@@ -202,9 +204,13 @@ class _Maker:
         return torch.full((n,), k**-0.5 / _LEVEL_RMS[bits], device=self.device)
 
     def norm(self, following: Linear) -> Norm:
-        shift = self.normal(self.geometry.hidden) / 8
-        bits = self.scheme.activation_bits
-        return Norm(None, self.geometry.eps, following.input_scale, bits, shift)
+        """With R6 a weight as the balance of channels leaves it, about 1."""
+        g, bits = self.geometry, self.scheme.activation_bits
+        weight = None
+        if self.norm_rotation.size > 1:
+            weight = (self.normal(g.hidden).float() / 8).exp().to(self.dtype)
+        shift = self.normal(g.hidden) / 8
+        return Norm(weight, g.eps, following.input_scale, bits, shift, self.norm_rotation)
 
     def full(self, shape: tuple[int, ...], largest: float, bits: int) -> Tensor:
         """Scales that map ``largest`` to the largest level."""

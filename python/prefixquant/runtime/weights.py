@@ -47,27 +47,38 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Rotation:
+    """An online Hadamard; size 1 is none."""
+
+    size: int
+    signs: Tensor | None
+
+
+@dataclass(frozen=True)
 class Norm:
-    """``quantize(x / rms(x) * weight - shift)`` for the linear behind it."""
+    """``quantize(R6(x / rms(x) * weight) - shift)`` for the linear behind it."""
 
     weight: Tensor | None  # None: all ones, because it is folded into that linear
     eps: float
     output_scale: Tensor  # float32 [], the input scale of that linear
     output_bits: int
     shift: Tensor | None = None  # floating [C], which that linear's bias brings back
+    rotation: Rotation = Rotation(1, None)  # R6, one for all norms of a decoder
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.rotation.size > 1:
+            return ops.rmsnorm_hadamard_quantize(
+                x,
+                self.weight,
+                self.eps,
+                self.rotation.signs,
+                self.output_scale,
+                self.output_bits,
+                self.shift,
+            )
         return ops.rmsnorm_quantize(
             x, self.weight, self.eps, self.output_scale, self.output_bits, shift=self.shift
         )
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """An online Hadamard; size 1 is none."""
-
-    size: int
-    signs: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -215,6 +226,7 @@ class _Reader:
         self.roles: Roles = model_roles(self.config)
         self.geometry = model_geometry(self.config)
         self.device = device
+        self.norm_rotation = rotation(self.rotations.r6_size(self.geometry.hidden), device)
         self.stored = self.tensors[f"{self.roles.head}.weight"].dtype
         self.dtype = compute_dtype(device, dtype, self.stored)
         self.kv_bits = self.scheme.kv_bits if kv_bits is None else kv_bits
@@ -292,6 +304,7 @@ class _Reader:
             self.tensor(f"{block}.{self.roles.point_scales[point]}"),
             self.scheme.activation_bits,
             self.shift(block, point),
+            self.norm_rotation,
         )
 
     def shift(self, block: str, point: str) -> Tensor | None:
