@@ -11,7 +11,7 @@ namespace prefixquant {
 // Specialized in src/inst/.
 #define PQ_DECLARE(...) \
   template <>           \
-  RmsnormHadamardKernel rmsnorm_hadamard_instance<__VA_ARGS__>(int vectors)
+  RmsnormHadamardKernel rmsnorm_hadamard_instance<__VA_ARGS__>(int64_t segment)
 PQ_DECLARE(Butterflies<1>);
 PQ_DECLARE(Butterflies<2>);
 PQ_DECLARE(Butterflies<4>);
@@ -21,7 +21,6 @@ PQ_DECLARE(SignSums<12, 2>);
 PQ_DECLARE(SignSums<20, 2>);
 PQ_DECLARE(SignSums<28, 2>);
 PQ_DECLARE(SignSums<36, 1>);
-PQ_DECLARE(SignSums<40, 1>);
 PQ_DECLARE(SignSums<44, 1>);
 PQ_DECLARE(SignSums<52, 1>);
 PQ_DECLARE(SignSums<60, 1>);
@@ -30,8 +29,9 @@ PQ_DECLARE(SignSums<60, 1>);
 namespace {
 
 constexpr int64_t kReservedSmem = 1024;  // of every CTA, by the system
-constexpr int64_t kStaticSmem = sizeof(RmsnormHadamardSums) + 64;
-constexpr int64_t kGroupBytes = 65536;  // of shared memory: three CTAs an SM
+constexpr int64_t kStaticSmem = 4 * kRmsnormHadamardRows;
+constexpr int64_t kGroupBytes = 57344;  // of columns: three CTAs an SM
+constexpr int64_t kThreads = 256;       // of a CTA, with many rows
 
 int log2_of(int64_t power_of_two) {
   int result = 0;
@@ -39,33 +39,39 @@ int log2_of(int64_t power_of_two) {
   return result;
 }
 
-template <int kIndex = 0>
-RmsnormHadamardKernel sign_sums_kernel(int64_t k, int vectors) {
-  constexpr int kCount = sizeof(kHadamardSums) / sizeof(kHadamardSums[0]);
-  if constexpr (kIndex < kCount) {
-    constexpr HadamardSums kSums = kHadamardSums[kIndex];
-    if constexpr (kSums.k > 1) {
-      if (k == kSums.k) return rmsnorm_hadamard_instance<SignSums<kSums.k, kSums.columns>>(vectors);
-    }
-    return sign_sums_kernel<kIndex + 1>(k, vectors);
+RmsnormHadamardKernel sign_sums_kernel(int64_t k, int64_t segment) {
+  switch (k) {
+    case 12:
+      return rmsnorm_hadamard_instance<SignSums<12, 2>>(segment);
+    case 20:
+      return rmsnorm_hadamard_instance<SignSums<20, 2>>(segment);
+    case 28:
+      return rmsnorm_hadamard_instance<SignSums<28, 2>>(segment);
+    case 36:
+      return rmsnorm_hadamard_instance<SignSums<36, 1>>(segment);
+    case 44:
+      return rmsnorm_hadamard_instance<SignSums<44, 1>>(segment);
+    case 52:
+      return rmsnorm_hadamard_instance<SignSums<52, 1>>(segment);
+    case 60:
+      return rmsnorm_hadamard_instance<SignSums<60, 1>>(segment);
+    default:
+      return nullptr;
   }
-  return nullptr;
 }
 
-// nullptr: none is compiled.
-RmsnormHadamardKernel kernel_of(int64_t k, int64_t pow2, int64_t segment, int vectors) {
-  if (k > 1) return pow2 == segment ? sign_sums_kernel(k, vectors) : nullptr;
-  switch (pow2 / segment) {
+RmsnormHadamardKernel butterflies_kernel(int64_t inputs, int64_t segment) {
+  switch (inputs) {
     case 1:
-      return rmsnorm_hadamard_instance<Butterflies<1>>(vectors);
+      return rmsnorm_hadamard_instance<Butterflies<1>>(segment);
     case 2:
-      return rmsnorm_hadamard_instance<Butterflies<2>>(vectors);
+      return rmsnorm_hadamard_instance<Butterflies<2>>(segment);
     case 4:
-      return rmsnorm_hadamard_instance<Butterflies<4>>(vectors);
+      return rmsnorm_hadamard_instance<Butterflies<4>>(segment);
     case 8:
-      return rmsnorm_hadamard_instance<Butterflies<8>>(vectors);
+      return rmsnorm_hadamard_instance<Butterflies<8>>(segment);
     case 16:
-      return rmsnorm_hadamard_instance<Butterflies<16>>(vectors);
+      return rmsnorm_hadamard_instance<Butterflies<16>>(segment);
     default:
       return nullptr;
   }
@@ -83,57 +89,60 @@ bool fits_vectors(const RmsnormHadamardParams& p) {
 // How a row is cut.
 struct RowLayout {
   int64_t segment;               // elements that a warp transforms in registers
+  int64_t compiled;              // what kernels call it: 0 up to 64
   int vectors;                   // of 8 elements, of a lane in a tile
-  int64_t tiles;                 // of a row
   RmsnormHadamardKernel kernel;  // nullptr: none is compiled
-  int64_t ctas_per_sm;
-  int max_threads;
+  RmsnormHadamardBounds bounds;
 
-  RowLayout(int64_t k, int64_t pow2) {
-    // With k = 1 as short as 16 segments a row allow: they keep the most warps busy.
-    segment = k > 1 ? pow2 : std::min(pow2, std::max<int64_t>(256, pow2 / 16));
-    vectors = segment <= 256 ? 1 : segment <= 512 ? 2 : 4;
-    tiles = (k * pow2 + 256 * vectors - 1) / (256 * vectors);
-    kernel =
-        segment >= 8 && segment <= kMaxSegment ? kernel_of(k, pow2, segment, vectors) : nullptr;
-    const RmsnormHadamardBounds bounds = rmsnorm_hadamard_bounds(k, vectors);
-    ctas_per_sm = bounds.ctas;
-    max_threads = bounds.threads;
-  }
+  RowLayout(int64_t k, int64_t pow2, bool few)
+      : segment(k == 1 && few && pow2 >= 512 && pow2 <= 4096
+                    ? 256
+                    : std::min<int64_t>(pow2, kMaxSegment)),
+        compiled(k == 1 && pow2 <= 256 ? 0
+                 : segment >= 128      ? segment
+                                       : 0),
+        vectors(rmsnorm_hadamard_vectors(k, compiled)),
+        kernel(segment < 8      ? nullptr
+               : k == 1         ? butterflies_kernel(pow2 / segment, compiled)
+               : pow2 > segment ? nullptr
+                                : sign_sums_kernel(k, compiled)),
+        bounds(rmsnorm_hadamard_bounds(k, compiled)) {}
 };
 
 struct RowSchedule {
-  int group = 1;  // rows of a CTA at a time
+  int group;  // rows of a CTA at a time
   LaunchShape shape;
+  int64_t column_bytes;
 };
 
 // Few rows: one a CTA, with a warp for each of its tiles. Many: columns for all threads and tiles
 // for all warps, as far as shared memory goes, and work for all SMs.
-RowSchedule schedule_of(const RowHadamardParams& p, const RowLayout& layout,
+RowSchedule schedule_of(const RowHadamardParams& p, const RowLayout& layout, bool few,
                         const HadamardDevice& device) {
-  constexpr int64_t kThreads = 256;
   const HadamardSums* sums = find_hadamard_sums(p.k);
-  const int64_t columns = sums->columns * kThreads;
-  const int64_t wanted = std::max((columns + layout.segment - 1) / layout.segment,
-                                  (kThreads / 32 + layout.tiles - 1) / layout.tiles);
-  const int64_t fits = std::min({kGroupBytes / (4 * p.cols), kRmsnormHadamardTiles / layout.tiles,
-                                 int64_t{kRmsnormHadamardRows}});
+  const int64_t columns = sums->columns * kThreads, elements = layout.segment < 512 ? 6144 : 12288;
+  const int64_t wanted =
+      std::max((columns + layout.segment - 1) / layout.segment, (elements + p.cols - 1) / p.cols);
+  const int64_t fits = std::min<int64_t>(kGroupBytes / (4 * p.cols), kRmsnormHadamardRows);
   const int64_t shared_out = (p.rows + 2 * device.sm_count - 1) / (2 * device.sm_count);
+  const int64_t group = few ? 1 : std::max<int64_t>(1, std::min({wanted, fits, shared_out}));
+  const int64_t tiles = (group * p.cols + 256 * layout.vectors - 1) / (256 * layout.vectors);
   RowSchedule schedule;
-  schedule.group = static_cast<int>(std::max<int64_t>(1, std::min({wanted, fits, shared_out})));
-  const int64_t warps = schedule.group == 1 ? std::max<int64_t>(4, layout.tiles) : kThreads / 32;
-  schedule.shape.block = static_cast<int>(std::min<int64_t>(32 * warps, layout.max_threads));
-  schedule.shape.smem = (schedule.group * p.cols * 4 + 255) / 256 * 256;
+  schedule.group = static_cast<int>(group);
+  schedule.shape.block = static_cast<int>(
+      few ? std::min<int64_t>(32 * std::max<int64_t>(4, tiles), layout.bounds.threads) : kThreads);
+  schedule.column_bytes = (group * p.cols * 4 + 255) / 256 * 256;
+  schedule.shape.smem = schedule.column_bytes + group * p.cols;
   const int64_t by_smem =
       (device.smem_limit + kReservedSmem) / (schedule.shape.smem + kStaticSmem + kReservedSmem);
-  const int64_t by_registers = layout.ctas_per_sm * layout.max_threads / schedule.shape.block;
-  const int64_t groups = (p.rows + schedule.group - 1) / schedule.group;
-  schedule.shape.grid =
-      std::min(groups, std::max<int64_t>(1, std::min(by_smem, by_registers)) * device.sm_count);
+  const int64_t by_registers = layout.bounds.ctas * layout.bounds.threads / schedule.shape.block;
+  const int64_t ctas = std::max<int64_t>(1, std::min(by_smem, by_registers));
+  schedule.shape.grid = std::min((p.rows + group - 1) / group, ctas * device.sm_count);
   return schedule;
 }
 
-RmsnormHadamardArgs make_args(const RmsnormHadamardParams& p, const RowLayout& layout, int group) {
+RmsnormHadamardArgs make_args(const RmsnormHadamardParams& p, const RowLayout& layout,
+                              const RowSchedule& schedule) {
   const RowHadamardParams& h = p.rows;
   RmsnormHadamardArgs a{};
   a.x = static_cast<const uint16_t*>(h.x);
@@ -150,14 +159,14 @@ RmsnormHadamardArgs make_args(const RmsnormHadamardParams& p, const RowLayout& l
   a.blocks_per_row = FastDivisor(1);
   a.segment = a.columns = static_cast<int>(layout.segment);
   a.log2_columns = log2_of(layout.segment);
-  a.group = group;
+  a.group = schedule.group;
   a.blocks = h.rows;
   a.weight = static_cast<const uint16_t*>(p.weight);
   a.shift = static_cast<const uint16_t*>(p.shift);
   a.weight_is_bfloat16 = p.weight_dtype == RowDtype::kBFloat16;
   a.shift_is_bfloat16 = p.shift_dtype == RowDtype::kBFloat16;
-  a.vectors = static_cast<int>(h.cols / 8);
-  a.tiles_per_row = FastDivisor(static_cast<uint32_t>(layout.tiles));
+  a.vectors_per_block = FastDivisor(static_cast<uint32_t>(h.cols / 8));
+  a.squares_at = static_cast<uint32_t>(schedule.column_bytes / 8);
   a.inv_cols = 1.0 / static_cast<double>(h.cols);
   a.eps = p.eps;
   return a;
@@ -193,11 +202,12 @@ void launch_rmsnorm_hadamard(const RmsnormHadamardParams& p, cudaStream_t stream
       "rmsnorm_hadamard: x: expected rows of a power of two times " << h.k << ", got " << h.cols);
   if (h.rows == 0) return;
   const HadamardDevice device = current_hadamard_device();
-  const RowLayout layout(h.k, pow2);
+  const bool few = h.rows <= 2 * device.sm_count;
+  const RowLayout layout(h.k, pow2, few);
   if (layout.kernel && fits_vectors(p)) {
-    const RowSchedule schedule = schedule_of(h, layout, device);
+    const RowSchedule schedule = schedule_of(h, layout, few, device);
     return launch_dependent(layout.kernel, schedule.shape, device.arch, stream,
-                            make_args(p, layout, schedule.group));
+                            make_args(p, layout, schedule));
   }
   switch (h.dtype) {
     case RowDtype::kFloat32:

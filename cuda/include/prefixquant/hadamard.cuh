@@ -172,17 +172,21 @@ template <int K>
 __device__ const SignWords<K> kExpectedSigns;
 
 // The signs are those that the kernel was compiled for. All threads of the block.
+// NOTES: of a vote on a constant the compiler makes another one where the result is used, in a loop
+// that not all threads need to enter.
 template <int K>
 __device__ __forceinline__ bool signs_match(const int8_t* signs) {
-  bool same = true;
-  if constexpr (K > 1) {
+  if constexpr (K == 1) {
+    return true;
+  } else {
+    bool same = true;
     const uint32_t* given = reinterpret_cast<const uint32_t*>(signs);
 #pragma unroll 8
     for (int i = threadIdx.x; i < K * K / 4; i += blockDim.x) {
       same = same && given[i] == kExpectedSigns<K>.words[i];
     }
+    return __syncthreads_and(same);
   }
-  return __syncthreads_and(same);
 }
 
 // offset += step, opaque to the compiler: it would keep every multiple of the step, an invariant of

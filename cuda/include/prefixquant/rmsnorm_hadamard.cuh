@@ -3,12 +3,13 @@
 // The kernels of rmsnorm_hadamard.h.
 //
 // Layout: a row is one block [inputs, segment] of hadamard.cuh, `group` rows at a time. Warps take
-//   tiles of 256 kVectors elements of one row: they add up the squares, multiply by the weight,
-//   transform the segments in registers and put them into shared memory as float32. After a
-//   barrier threads take columns, multiply the outputs by the row's rstd, subtract the shift and
-//   write the levels.
+//   tiles of 256 kVectors elements: they add up squares, multiply by the weight, transform the
+//   segments in registers and put them into shared memory as float32. After a barrier each row's
+//   squares are summed by a warp; after another one threads take columns, multiply the outputs by
+//   the row's rstd, subtract the shift and write the levels.
 // Grid: persistent CTAs that walk over the groups.
-// Smem: 4 bytes an element of the group, 8 bytes a tile, 4 bytes a row.
+// Smem: 4 bytes an element of the group; 8 bytes of sums for each thread that has elements of one
+//   row, at most a quarter of that.
 // Limits: 16-bit x, weight and shift, 8 divides the segment, rows start at multiples of 16 bytes.
 //   rmsnorm_hadamard_generic_kernel has none.
 #pragma once
@@ -20,68 +21,107 @@
 
 namespace prefixquant {
 
-// Rows and tiles of a group, at most.
+// Rows of a group, at most.
 inline constexpr int kRmsnormHadamardRows = 64;
-inline constexpr int kRmsnormHadamardTiles = 128;
 
 // HadamardArgs with block_size = cols and one block a row.
 struct RmsnormHadamardArgs : HadamardArgs {
   const uint16_t* weight;
   const uint16_t* shift;
   bool weight_is_bfloat16, shift_is_bfloat16;
-  int vectors;                // of 8 elements, in a row
-  FastDivisor tiles_per_row;  // of 256 kVectors elements
+  uint32_t squares_at;  // where the sums of squares begin in shared memory, in float64
   double inv_cols, eps;
 };
 
-// What a group has in static shared memory.
-struct RmsnormHadamardSums {
-  double squares[kRmsnormHadamardTiles];  // of a tile
-  float rstd[kRmsnormHadamardRows];
-};
+// The elements of a lane in a tile. kSegment: the length of the segments where tiles never cross
+// rows; otherwise 0, and the last tile may be cut.
+template <int kVectors, int kSegment>
+struct RowTile {
+  static constexpr bool kWhole = kSegment > 0;
+  // Sums of squares that a row has.
+  __device__ __forceinline__ static uint32_t sums_of_row(const RmsnormHadamardArgs& p) {
+    return p.vectors_per_block.divisor / (kWhole ? kVectors : 1);
+  }
 
-// The rows' segments and sums of squares.
-template <int kVectors>
-__device__ __forceinline__ void transform_rows(const RmsnormHadamardArgs& p,
-                                               const ColumnStorage& storage, int64_t first_row,
-                                               uint32_t rows, RmsnormHadamardSums& sums) {
-  constexpr int kSegment = kVectors == 1 ? 0 : 256 * kVectors;
-  const int lane = threadIdx.x % 32;
-  const uint32_t tiles = rows * p.tiles_per_row.divisor, step = blockDim.x / 32;
-  for (uint32_t tile = threadIdx.x / 32; tile < tiles; tile += step) {
-    const uint32_t u = p.tiles_per_row.divide(tile);
-    const int first = (tile - u * p.tiles_per_row.divisor) * 32 * kVectors + lane;
-    const uint16_t* x = p.x + (first_row + u) * p.x_stride;
+  uint32_t flat;          // of vector 0 in the group; vector i is 32 i further
+  uint32_t at[kVectors];  // in the row
+  bool inside[kVectors];
+  float v[kVectors][8];
+
+  __device__ __forceinline__ RowTile(const RmsnormHadamardArgs& p, int64_t first_row, uint32_t tile,
+                                     uint32_t count)
+      : flat(tile + threadIdx.x % 32) {
     RawTile<false, kVectors> raw;
+    uint32_t u = p.vectors_per_block.divide(kWhole ? tile : flat);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      raw.clear(i);
-      if (first + 32 * i < p.vectors) raw.load(i, x + 8 * (first + 32 * i), nullptr);
+      const uint32_t vector = flat + 32 * i;
+      inside[i] = kWhole || vector < count;
+      if (!kWhole && i > 0) u = p.vectors_per_block.divide(vector);
+      at[i] = vector - u * p.vectors_per_block.divisor;
+      if constexpr (!kWhole) raw.clear(i);
+      if (inside[i]) raw.load(i, p.x + (first_row + u) * p.x_stride + 8 * at[i], nullptr);
     }
-    float v[kVectors][8];
     raw.values(p.is_bfloat16, v);
+  }
+
+  __device__ __forceinline__ void store_squares(double* squares) const {
     double sum = 0.0;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
 #pragma unroll
       for (int e = 0; e < 8; ++e) sum = add_square(sum, v[i][e]);
-      if (p.weight && first + 32 * i < p.vectors) {
-        float w[8];
-        to_floats(reinterpret_cast<const uint4*>(p.weight)[first + 32 * i], p.weight_is_bfloat16,
-                  w);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) v[i][e] = __fmul_rn(v[i][e], w[e]);
+      if constexpr (!kWhole) {
+        if (inside[i]) squares[flat + 32 * i] = sum;
+        sum = 0.0;
       }
     }
-    transform_tile<kSegment>(v, p.columns, lane);
+    if constexpr (kWhole) squares[(flat - threadIdx.x % 32) / kVectors + threadIdx.x % 32] = sum;
+  }
+
+  __device__ __forceinline__ void multiply(const uint16_t* weight, bool is_bfloat16) {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (first + 32 * i < p.vectors) {
-        store_vector(v[i], storage, u * p.vectors + first + 32 * i);
-      }
+      if (!inside[i]) continue;
+      float w[8];
+      to_floats(reinterpret_cast<const uint4*>(weight)[at[i]], is_bfloat16, w);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) v[i][e] = __fmul_rn(v[i][e], w[e]);
     }
+  }
+
+  __device__ __forceinline__ void store(const ColumnStorage& storage) const {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (inside[i]) store_vector(v[i], storage, flat + 32 * i);
+    }
+  }
+};
+
+// The rows' segments and sums of squares.
+template <int kVectors, int kSegment>
+__device__ __forceinline__ void transform_rows(const RmsnormHadamardArgs& p,
+                                               const ColumnStorage& storage, int64_t first_row,
+                                               uint32_t rows, double* squares) {
+  const uint32_t count = rows * p.vectors_per_block.divisor, step = blockDim.x * kVectors;
+  for (uint32_t tile = threadIdx.x / 32 * 32 * kVectors; tile < count; tile += step) {
+    RowTile<kVectors, kSegment> own(p, first_row, tile, count);
+    own.store_squares(squares);
+    if (p.weight) own.multiply(p.weight, p.weight_is_bfloat16);
+    transform_tile<kSegment>(own.v, p.columns, threadIdx.x % 32);
+    own.store(storage);
+  }
+}
+
+// rstd of the group's rows, `count` sums of squares each.
+__device__ __forceinline__ void sum_rows(const RmsnormHadamardArgs& p, const double* squares,
+                                         uint32_t rows, uint32_t count, float* rstd) {
+  const uint32_t lane = threadIdx.x % 32;
+  for (uint32_t u = threadIdx.x / 32; u < rows; u += blockDim.x / 32) {
+    double sum = 0.0;
+    for (uint32_t i = lane; i < count; i += 32) sum += squares[u * count + i];
     sum = warp_sum(sum);
-    if (lane == 0) sums.squares[tile] = sum;
+    if (lane == 0) rstd[u] = reciprocal_rms(sum, p.inv_cols, p.eps);
   }
 }
 
@@ -121,10 +161,11 @@ struct NormalizeOutputs {
   }
 };
 
-template <typename Sums, int kVectors, int kMaxThreads, int kCtasPerSm>
+template <typename Sums, int kVectors, int kSegment, int kMaxThreads, int kCtasPerSm>
 __global__ void __launch_bounds__(kMaxThreads, kCtasPerSm)
     rmsnorm_hadamard_kernel(const RmsnormHadamardArgs p) {
-  __shared__ RmsnormHadamardSums sums;
+  __shared__ float rstd[kRmsnormHadamardRows];
+  double* const squares = reinterpret_cast<double*>(column_smem()) + p.squares_at;
   const ColumnStorage storage(p.group * p.block_size, p.log2_columns);
   grid_dependency_launch();
   const bool compiled_signs = signs_match<Sums::K>(p.signs);
@@ -136,19 +177,14 @@ __global__ void __launch_bounds__(kMaxThreads, kCtasPerSm)
   const uint32_t all_rows = static_cast<uint32_t>(p.blocks), step = gridDim.x * p.group;
   for (uint32_t first = blockIdx.x * p.group; first < all_rows; first += step) {
     const uint32_t rows = min(static_cast<uint32_t>(p.group), all_rows - first);
-    transform_rows<kVectors>(p, storage, first, rows, sums);
+    transform_rows<kVectors, kSegment>(p, storage, first, rows, squares);
     __syncthreads();
     prefetch_group(p, first + step);
-    if (threadIdx.x < rows) {
-      const double* squares = sums.squares + threadIdx.x * p.tiles_per_row.divisor;
-      double sum = squares[0];
-      for (uint32_t i = 1; i < p.tiles_per_row.divisor; ++i) sum += squares[i];
-      sums.rstd[threadIdx.x] = reciprocal_rms(sum, p.inv_cols, p.eps);
-    }
+    sum_rows(p, squares, rows, RowTile<kVectors, kSegment>::sums_of_row(p), rstd);
     __syncthreads();
     uint32_t largest = 0;
     finish_columns<Sums, 1>(p, storage, first, rows, quantizer, compiled_signs, false, largest, 0,
-                            NormalizeOutputs{p, sums.rstd});
+                            NormalizeOutputs{p, rstd});
     __syncthreads();  // before the next group overwrites the columns
   }
 }
@@ -186,20 +222,26 @@ __global__ void __launch_bounds__(kHadamardGenericThreads)
 
 // ---- the compiled sums ----
 
+// Vectors of 8 elements of a lane in a tile. 0: any segment up to 64. With k = 1, segments of 256
+// are for few rows: one vector keeps the most warps busy.
+constexpr int rmsnorm_hadamard_vectors(int64_t k, int64_t segment) {
+  return segment == 1024 ? 4 : k == 1 && segment == 256 ? 1 : 2;
+}
+
 // The most threads a CTA can have, and the CTAs an SM that the registers are bounded for.
 struct RmsnormHadamardBounds {
   int threads, ctas;
 };
-constexpr RmsnormHadamardBounds rmsnorm_hadamard_bounds(int64_t k, int vectors) {
-  if (k == 1 && vectors == 1) return {512, 2};
-  return {256, k > 44 || (k == 1 && vectors == 4) ? 2 : 3};
+constexpr RmsnormHadamardBounds rmsnorm_hadamard_bounds(int64_t k, int64_t segment) {
+  if (k == 1 && segment == 256) return {512, 2};
+  return {256, k > 44 ? 2 : 3};
 }
 
 using RmsnormHadamardKernel = void (*)(RmsnormHadamardArgs);
 
-// The kernel for `vectors` of a lane, or nullptr where none is compiled. Specialized once each in
-// src/inst/rmsnorm_hadamard_*.cu.
+// The kernel for tiles of that segment (0: of any up to 64), or nullptr where none is compiled.
+// Specialized once each in src/inst/rmsnorm_hadamard_*.cu.
 template <typename Sums>
-RmsnormHadamardKernel rmsnorm_hadamard_instance(int vectors);
+RmsnormHadamardKernel rmsnorm_hadamard_instance(int64_t segment);
 
 }  // namespace prefixquant

@@ -3,7 +3,7 @@
 
 namespace prefixquant {
 template <>
-RmsnormHadamardKernel rmsnorm_hadamard_instance<SignSums<12, 2>>(int vectors) {
-  return pick_rmsnorm_hadamard<SignSums<12, 2>, 1, 2, 4>(vectors);
+RmsnormHadamardKernel rmsnorm_hadamard_instance<SignSums<12, 2>>(int64_t segment) {
+  return pick_rmsnorm_hadamard<SignSums<12, 2>, 0, 128, 256, 512, 1024>(segment);
 }
 }  // namespace prefixquant

@@ -3,7 +3,7 @@
 
 namespace prefixquant {
 template <>
-RmsnormHadamardKernel rmsnorm_hadamard_instance<SignSums<20, 2>>(int vectors) {
-  return pick_rmsnorm_hadamard<SignSums<20, 2>, 1, 2>(vectors);
+RmsnormHadamardKernel rmsnorm_hadamard_instance<SignSums<20, 2>>(int64_t segment) {
+  return pick_rmsnorm_hadamard<SignSums<20, 2>, 0, 128, 256, 512>(segment);
 }
 }  // namespace prefixquant

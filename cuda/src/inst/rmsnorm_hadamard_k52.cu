@@ -3,7 +3,7 @@
 
 namespace prefixquant {
 template <>
-RmsnormHadamardKernel rmsnorm_hadamard_instance<SignSums<52, 1>>(int vectors) {
-  return pick_rmsnorm_hadamard<SignSums<52, 1>, 1>(vectors);
+RmsnormHadamardKernel rmsnorm_hadamard_instance<SignSums<52, 1>>(int64_t segment) {
+  return pick_rmsnorm_hadamard<SignSums<52, 1>, 0, 128, 256>(segment);
 }
 }  // namespace prefixquant
