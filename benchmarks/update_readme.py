@@ -28,6 +28,7 @@ DOCUMENTS = tuple(
         "docs/runtime.md",
         "docs/fine-tuning.md",
         "docs/kernels/kv_attention.md",
+        "docs/kernels/rmsnorm_hadamard.md",
     )
 )
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -94,6 +95,32 @@ def gemm_summary(result: dict) -> dict:
         "rows": [[m, *(_three_digits(line.get(str(m))) for line in lines.values())] for m in sizes],
         "note": "W4A4, W4A8 and W8A8 are this package, the others its peers in the same run (at "
         f"{result['environment']['commit'][:10]}); an empty cell was not measured.",
+    }
+
+
+_RMSNORM_HADAMARD = "RMSNorm + Hadamard + quantize"  # what titles of its files begin with
+
+
+def rmsnorm_hadamard_summary(result: dict) -> dict:
+    """A file of bench_rmsnorm_hadamard.py as one row a hidden size."""
+
+    def times(us: dict) -> str:
+        named = ("ours", "rmsnorm_quantize", "rmsnorm, hadamard_quantize")
+        ours, without, two = (f"{us[name][0]:.1f}" for name in named)
+        return f"{ours} ({without}, {two})"
+
+    cells = {(cell["columns"], cell["rows"]): cell for cell in result["cells"]}
+    sizes, rows = (sorted({key[i] for key in cells}) for i in range(2))
+    shares = {size: f"{cells[size, rows[-1]]['% of copy']:.0f}" for size in sizes}
+    return {
+        "table": "rmsnorm-hadamard",
+        "title": f"Microseconds, {result['environment']['gpu']}",
+        "columns": ["hidden size", *(f"rows: {r}" for r in rows), f"% of copy, {rows[-1]} rows"],
+        "rows": [
+            [size, *(times(cells[size, r]["us"]) for r in rows), shares[size]] for size in sizes
+        ],
+        "note": "In brackets `rmsnorm_quantize`, which has no transform, and `rmsnorm` then "
+        f"`hadamard_quantize` (at {result['environment']['commit'][:10]}).",
     }
 
 
@@ -271,6 +298,8 @@ def load_results(folder: Path) -> list[dict]:
     results = [r for r in found if "table" in r and r not in tuned] + summaries
     results += [finetune_best(table) for table in summaries]
     results += [solver_summary(r) for r in found if r.get("experiment") == "weight-only solvers"]
+    transforms = [r for r in found if str(r.get("title")).startswith(_RMSNORM_HADAMARD)]
+    results += [rmsnorm_hadamard_summary(r) for r in transforms]
     results += [engine_summary(r) for r in results if r["table"] == "engine"]
     return results + [gemm_summary(r) for r in results if r["table"] == "gemm_w4"]
 

@@ -84,7 +84,22 @@ def swiglu_hadamard(folder: Path) -> Iterator[Target]:
             yield Target(f"{tag}: static over dynamic", 1.0, ratio, decides=False)
 
 
+def rmsnorm_hadamard(folder: Path) -> Iterator[Target]:
+    """RMSNorm + R6 + quantize, for information: bench_rmsnorm_hadamard.py."""
+    for gpu, result in load(folder, "rmsnorm_hadamard"):
+        for cell in result["cells"]:
+            rows, columns = cell["rows"], cell["columns"]
+            tag = f"{gpu}, rmsnorm_hadamard_quantize x {columns}"
+            if rows == 1:
+                us = cell["us"]["ours"][0]
+                yield Target(f"{tag}: 1 token", 4.0, us, " us", decides=False, at_most=True)
+            if rows in _many(result["cells"]):
+                what = f"{tag}: {rows} tokens, share of copy"
+                yield Target(what, 80.0, cell["% of copy"], "%", decides=False)
+
+
 def fused(folder: Path) -> Iterator[Target]:
     yield from row_quantization(folder)
     yield from swiglu_hadamard(folder)
+    yield from rmsnorm_hadamard(folder)
     yield from kv4_attention(folder)
