@@ -88,26 +88,30 @@ bool fits_vectors(const RmsnormHadamardParams& p) {
 
 // How a row is cut.
 struct RowLayout {
-  int64_t segment;               // elements that a warp transforms in registers
-  int64_t compiled;              // what kernels call it: 0 up to 64
+  int64_t segment;               // elements that are transformed in registers
+  int64_t compiled;              // what the kernels call it
   int vectors;                   // of 8 elements, of a lane in a tile
   RmsnormHadamardKernel kernel;  // nullptr: none is compiled
   RmsnormHadamardBounds bounds;
-
-  RowLayout(int64_t k, int64_t pow2, bool few)
-      : segment(k == 1 && few && pow2 >= 512 && pow2 <= 4096
-                    ? 256
-                    : std::min<int64_t>(pow2, kMaxSegment)),
-        compiled(k == 1 && pow2 <= 256 ? 0
-                 : segment >= 128      ? segment
-                                       : 0),
-        vectors(rmsnorm_hadamard_vectors(k, compiled)),
-        kernel(segment < 8      ? nullptr
-               : k == 1         ? butterflies_kernel(pow2 / segment, compiled)
-               : pow2 > segment ? nullptr
-                                : sign_sums_kernel(k, compiled)),
-        bounds(rmsnorm_hadamard_bounds(k, compiled)) {}
 };
+
+RowLayout layout_of(int64_t k, int64_t pow2, bool few) {
+  RowLayout layout;
+  layout.segment = std::min<int64_t>(pow2, kMaxSegment);
+  if (k == 1 && few && pow2 >= 512 && pow2 <= 4096) layout.segment = 256;
+  const bool any = layout.segment < 128 || (k == 1 && pow2 <= 256);
+  layout.compiled = any ? 0 : layout.segment;
+  layout.vectors = rmsnorm_hadamard_vectors(k, layout.compiled);
+  layout.bounds = rmsnorm_hadamard_bounds(k, layout.compiled);
+  layout.kernel = nullptr;
+  if (layout.segment < 8) return layout;
+  if (k == 1) {
+    layout.kernel = butterflies_kernel(pow2 / layout.segment, layout.compiled);
+  } else if (pow2 == layout.segment) {
+    layout.kernel = sign_sums_kernel(k, layout.compiled);
+  }
+  return layout;
+}
 
 struct RowSchedule {
   int group;  // rows of a CTA at a time
@@ -203,7 +207,7 @@ void launch_rmsnorm_hadamard(const RmsnormHadamardParams& p, cudaStream_t stream
   if (h.rows == 0) return;
   const HadamardDevice device = current_hadamard_device();
   const bool few = h.rows <= 2 * device.sm_count;
-  const RowLayout layout(h.k, pow2, few);
+  const RowLayout layout = layout_of(h.k, pow2, few);
   if (layout.kernel && fits_vectors(p)) {
     const RowSchedule schedule = schedule_of(h, layout, few, device);
     return launch_dependent(layout.kernel, schedule.shape, device.arch, stream,

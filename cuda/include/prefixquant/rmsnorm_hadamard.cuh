@@ -222,8 +222,9 @@ __global__ void __launch_bounds__(kHadamardGenericThreads)
 
 // ---- the compiled sums ----
 
-// Vectors of 8 elements of a lane in a tile. 0: any segment up to 64. With k = 1, segments of 256
-// are for few rows: one vector keeps the most warps busy.
+// Vectors of 8 elements of a lane in a tile. Segment 0: any up to 64, with k = 1 up to 256. With
+// k = 1, segments of 256 are parts of longer rows, for few of them: one vector keeps the most warps
+// busy.
 constexpr int rmsnorm_hadamard_vectors(int64_t k, int64_t segment) {
   return segment == 1024 ? 4 : k == 1 && segment == 256 ? 1 : 2;
 }
@@ -239,8 +240,8 @@ constexpr RmsnormHadamardBounds rmsnorm_hadamard_bounds(int64_t k, int64_t segme
 
 using RmsnormHadamardKernel = void (*)(RmsnormHadamardArgs);
 
-// The kernel for tiles of that segment (0: of any up to 64), or nullptr where none is compiled.
-// Specialized once each in src/inst/rmsnorm_hadamard_*.cu.
+// The kernel for that segment, or nullptr where none is compiled. Specialized once each in
+// src/inst/rmsnorm_hadamard_*.cu.
 template <typename Sums>
 RmsnormHadamardKernel rmsnorm_hadamard_instance(int64_t segment);
 
