@@ -163,6 +163,9 @@ def test_a_16_bit_view_is_the_checkpoint_without_its_rotations(tmp_path, r6):
     export_compressed_tensors(folder, tmp_path / "view", down_proj="16bit")
     checkpoint, tensors = read_checkpoint(folder), load_file(tmp_path / "view/model.safetensors")
     assert checkpoint.quantization.rotations.r6 is r6
+    card = (tmp_path / "view/README.md").read_text(encoding="utf-8")
+    assert f"# A {'16-bit' if r6 else 'W4A16'} view" in card
+    assert f"Weights of {'16' if r6 else '4'} bits" in card
     norm = "model.layers.1.input_layernorm.weight"
     assert torch.equal(tensors[norm], checkpoint.tensors[norm])
     assert (tensors[norm].float().std() > 0.05) == r6

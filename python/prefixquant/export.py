@@ -271,23 +271,28 @@ def _write(checkpoint: Checkpoint, view: _View, output: Path) -> None:
 
 def _card(checkpoint: Checkpoint, view: _View) -> str:
     bits = checkpoint.quantization.weight_bits
-    names = _and(f"{role}_proj" for role in view.online)
-    many = len(view.online) > 1
-    if not view.online:
-        down = ""
-    elif view.keeps:
-        down = f" {names} {'are' if many else 'is'} 16-bit."
-    else:
-        how = " and ".join(
-            f"in groups of {size} columns" if size else "by channels"
-            for size in dict.fromkeys(view.groups.values())
-        )
-        down = f" {names} {'were' if many else 'was'} rounded again {how}."
+    none_left = view.keeps and len(view.online) == len(LINEARS)
+    kind = "16-bit" if none_left else f"W{bits}A16"
+    weights = f"{bits} bits in the compressed-tensors format (pack-quantized)"
     return (
         "---\nlibrary_name: transformers\ntags:\n- compressed-tensors\n---\n\n"
-        f"# A W{bits}A16 view of a prefixquant checkpoint\n\n"
-        f"Weights of {bits} bits in the compressed-tensors format (pack-quantized), made from a "
-        f"{checkpoint.quantization.scheme} checkpoint.{down} Activations and K/V are 16-bit: the "
-        "prefix, the static scales and the 4-bit cache of the original need prefixquant. The "
-        "tokenizer adds no BOS; where the model wants one, put it in front.\n"
+        f"# A {kind} view of a prefixquant checkpoint\n\n"
+        f"Weights of {'16 bits' if none_left else weights}, made from a "
+        f"{checkpoint.quantization.scheme} checkpoint.{_online_sentence(view)} Activations and K/V "
+        "are 16-bit: the prefix, the static scales and the 4-bit cache of the original need "
+        "prefixquant. The tokenizer adds no BOS; where the model wants one, put it in front.\n"
     )
+
+
+def _online_sentence(view: _View) -> str:
+    """What became of the linears whose rotations at run time were taken out."""
+    names, many = _and(f"{role}_proj" for role in view.online), len(view.online) > 1
+    if not view.online:
+        return ""
+    if view.keeps:
+        return f" {names} {'are' if many else 'is'} 16-bit."
+    how = " and ".join(
+        f"in groups of {size} columns" if size else "by channels"
+        for size in dict.fromkeys(view.groups.values())
+    )
+    return f" {names} {'were' if many else 'was'} rounded again {how}."
