@@ -33,25 +33,25 @@ def bench(rows: int, columns: int, copy: float) -> dict:
     signs = hadamard_signs(k).cuda() if k > 1 else None
     scale = torch.tensor(0.4, device="cuda")
     weight, shift = (torch.rand(columns, device="cuda").bfloat16() + i for i in (0.5, -0.5))
+    given = (weight, EPS, signs, scale, 4, shift)
 
-    def ours(x, _):
-        return ops.rmsnorm_hadamard_quantize(x, weight, EPS, signs, scale, 4, shift)
+    def ours(x):
+        return ops.rmsnorm_hadamard_quantize(x, *given)
 
-    def without(x, _):
+    def without(x):
         return ops.rmsnorm_quantize(x, weight, EPS, scale, 4, shift=shift)
 
-    def two(x, _):
+    def two(x):
         return ops.hadamard_quantize(ops.rmsnorm(x, weight, EPS), signs, columns, scale, 4)
 
     x = torch.randn(min(rows, 64), columns, dtype=torch.bfloat16)
-    on_cpu = (t if t is None else t.cpu() for t in (weight, signs, scale, shift))
-    weight_, signs_, scale_, shift_ = on_cpu
-    expected = ops.rmsnorm_hadamard_quantize(x, weight_, EPS, signs_, scale_, 4, shift_)
-    if not torch.equal(ours(x.cuda(), None).cpu(), expected):
+    on_cpu = (t.cpu() if isinstance(t, torch.Tensor) else t for t in given)
+    expected = ops.rmsnorm_hadamard_quantize(x, *on_cpu)
+    if not torch.equal(ours(x.cuda()).cpu(), expected):
         raise AssertionError(f"rmsnorm_hadamard_quantize is wrong on {rows} x {columns}")
     moved = 3 * rows * columns
     named = {"ours": ours, "rmsnorm_quantize": without, "rmsnorm, hadamard_quantize": two}
-    us = {name: measure(run, (rows, columns), 2, moved) for name, run in named.items()}
+    us = {name: measure(run, (rows, columns), 1, moved) for name, run in named.items()}
     share = share_of_copy(moved, us["ours"], copy)
     times = ", ".join(f"{name} {t[0]:.2f}" for name, t in us.items())
     print(f"{rows} x {columns}: us {times}; {share:.1f} % of copy", flush=True)

@@ -84,17 +84,24 @@ class DecoderStep::Worker {
     return step_.x_.data();
   }
 
-  const int8_t* normalize(const NormPlan& norm, const LinearPlan& next) {
-    if (step_.norm_rotation_.block > 1) return normalize_rotated(norm, next);
-    RmsnormRows p{};
+  // What the kernels of both norms are told alike.
+  template <typename Rows>
+  Rows norm_rows(const NormPlan& norm, const LinearPlan& next) const {
+    Rows p{};
     p.x = hidden_;
     p.x_type = FloatType::kFloat32;
     p.x_stride = p.cols = step_.sizes_.hidden;
     p.weight = norm.weight;
     p.shift = norm.shift;
     p.eps = step_.sizes_.eps;
-    p.output = RowOutput::kInt8;
     p.quantizer = next.input;
+    return p;
+  }
+
+  const int8_t* normalize(const NormPlan& norm, const LinearPlan& next) {
+    if (step_.norm_rotation_.block > 1) return normalize_rotated(norm, next);
+    auto p = norm_rows<RmsnormRows>(norm, next);
+    p.output = RowOutput::kInt8;
     return quantized_rows([&](int64_t begin, int64_t end, int8_t* x) {
       p.y = x;
       rmsnorm_rows_table.pick()(p, begin, end, scratch_);
@@ -103,15 +110,8 @@ class DecoderStep::Worker {
 
   // The norm with R6.
   const int8_t* normalize_rotated(const NormPlan& norm, const LinearPlan& next) {
-    RmsnormHadamardRows p{};
-    p.x = hidden_;
-    p.x_type = FloatType::kFloat32;
-    p.x_stride = p.cols = step_.sizes_.hidden;
-    p.weight = norm.weight;
-    p.shift = norm.shift;
-    p.eps = step_.sizes_.eps;
+    auto p = norm_rows<RmsnormHadamardRows>(norm, next);
     p.hadamard = step_.norm_rotation_;
-    p.quantizer = next.input;
     return quantized_rows([&](int64_t begin, int64_t end, int8_t* x) {
       p.q = x;
       rmsnorm_hadamard_rows_table.pick()(p, begin, end, scratch_);

@@ -25,11 +25,8 @@ struct Plan {
     params.rows = input.rows.rows;
     params.cols = input.rows.cols;
     PQ_CHECK(op, block_size >= 1, "block_size: expected 1 or more, got ", block_size);
-    params.signs = checked_cuda_signs(check, signs, device, params.k);
-    const int64_t pow2 = block_size / params.k;
-    PQ_CHECK(op, pow2 * params.k == block_size && pow2 > 0 && (pow2 & (pow2 - 1)) == 0,
-             "block_size: expected a power of two times ", params.k, " (the size of signs), got ",
-             block_size);
+    params.signs =
+        checked_cuda_signs(check, signs, block_size, "block_size: expected", device, params.k);
     PQ_CHECK(op, params.cols % block_size == 0, name,
              ": expected a last dimension that block_size ", block_size, " divides, got shape ",
              x.shape_text());

@@ -8,6 +8,7 @@
 #include "kv_cuda.h"
 #include "ops_cuda.h"
 #include "prefixquant/kv_quant.h"
+#include "rows_cuda.h"
 
 namespace prefixquant {
 namespace {
@@ -35,21 +36,10 @@ void take_rotation(const ArgumentChecker& check, const OptionalTensor& signs, in
                    const char* size_name, int64_t dim, int device, const int8_t** data, int* k) {
   PQ_CHECK(check.op, size == 1 || size == dim, size_name, ": expected 1 or the head dimension ",
            dim, ", got ", size);
-  *k = 1;
-  if (signs) {
-    check.on_cuda(*signs, "signs", device);
-    check.dtype(*signs, "signs", DType::kInt8);
-    check.rank(*signs, "signs", 2);
-    check.contiguous(*signs, "signs");
-    *k = checked_size(check, "signs", signs->size(0));
-    PQ_CHECK(check.op, signs->size(1) == *k && *k % 4 == 0 && *k > 0,
-             "signs: expected a square matrix of a size that 4 divides, got shape ",
-             signs->shape_text());
-    *data = signs->data<int8_t>();
-  }
-  const int64_t pow2 = size / *k;
-  PQ_CHECK(check.op, pow2 * *k == size && pow2 > 0 && (pow2 & (pow2 - 1)) == 0, size_name,
-           ": expected a power of two times ", *k, " (the size of signs), got ", size);
+  int64_t size_of_signs = 1;
+  *data = checked_cuda_signs(check, signs, size, std::string(size_name) + ": expected", device,
+                             size_of_signs);
+  *k = static_cast<int>(size_of_signs);  // at most the head dimension
 }
 
 const void* take_norm(const ArgumentChecker& check, const OptionalTensor& t, const char* name,

@@ -5,6 +5,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <string>
+
 #include "prefixquant/row_dtype.h"
 #include "rows.h"
 
@@ -83,20 +85,28 @@ inline const void* checked_cuda_channels(const ArgumentChecker& check, const Opt
   return t->ptr;
 }
 
-// The sign matrix [k, k] and its k, or nullptr and 1. Its values are not looked at.
+// The sign matrix [k, k] of transforms of `size`, or nullptr and k = 1. Its values are not looked
+// at. Errors in the size begin with `expected`.
 inline const int8_t* checked_cuda_signs(const ArgumentChecker& check, const OptionalTensor& signs,
-                                        int device, int64_t& k) {
+                                        int64_t size, const std::string& expected, int device,
+                                        int64_t& k) {
   k = 1;
-  if (!signs) return nullptr;
-  check.on_cuda(*signs, "signs", device);
-  check.dtype(*signs, "signs", DType::kInt8);
-  check.rank(*signs, "signs", 2);
-  check.contiguous(*signs, "signs");
-  k = signs->size(0);
-  PQ_CHECK(check.op, signs->size(1) == k && k % 4 == 0 && k > 0,
-           "signs: expected a square matrix of a size that 4 divides, got shape ",
-           signs->shape_text());
-  return signs->data<int8_t>();
+  const int8_t* data = nullptr;
+  if (signs) {
+    check.on_cuda(*signs, "signs", device);
+    check.dtype(*signs, "signs", DType::kInt8);
+    check.rank(*signs, "signs", 2);
+    check.contiguous(*signs, "signs");
+    k = signs->size(0);
+    PQ_CHECK(check.op, signs->size(1) == k && k % 4 == 0 && k > 0,
+             "signs: expected a square matrix of a size that 4 divides, got shape ",
+             signs->shape_text());
+    data = signs->data<int8_t>();
+  }
+  const int64_t pow2 = size / k;
+  PQ_CHECK(check.op, pow2 * k == size && pow2 > 0 && (pow2 & (pow2 - 1)) == 0, expected,
+           " a power of two times ", k, " (the size of signs), got ", size);
+  return data;
 }
 
 // A contiguous result of `like`'s shape.

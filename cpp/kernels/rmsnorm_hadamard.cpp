@@ -18,12 +18,8 @@ PQ_INLINE void multiply_row(float* x, const float* weight, int64_t cols) {
 // q = quantize(t * rstd - shift); the block's own factor is a rounding of its own.
 PQ_INLINE void finish_row(TransformedBlock t, float rstd, const float* shift, int8_t* q,
                           int64_t cols, QuantizerParams quantizer) {
-  const auto normalized = [=](int64_t c, int64_t n) PQ_INLINE_LAMBDA {
+  shift_quantize(q, shift, cols, quantizer, [=](int64_t c, int64_t n) PQ_INLINE_LAMBDA {
     return (load_piece(t.data + c, n) * t.factor) * rstd;
-  };
-  if (!shift) return quantize_each(q, cols, quantizer, normalized);
-  quantize_each(q, cols, quantizer, [=](int64_t c, int64_t n) PQ_INLINE_LAMBDA {
-    return normalized(c, n) - load_piece(shift + c, n);
   });
 }
 

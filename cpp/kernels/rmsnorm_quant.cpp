@@ -26,16 +26,6 @@ PQ_INLINE void normalize(const float* x, float rstd, int64_t cols, Use&& use) {
       cols, [=](int64_t c, int64_t n) PQ_INLINE_LAMBDA { use(c, n, load_piece(x + c, n) * rstd); });
 }
 
-// q[c] = quantize(normalized(c, n) - shift[c]) in pieces; no shift: quantize(normalized(c, n)).
-template <typename Normalized>
-PQ_INLINE void shift_quantize(int8_t* q, const float* shift, int64_t cols,
-                              QuantizerParams quantizer, Normalized&& normalized) {
-  if (!shift) return quantize_each(q, cols, quantizer, normalized);
-  quantize_each(q, cols, quantizer, [=](int64_t c, int64_t n) PQ_INLINE_LAMBDA {
-    return normalized(c, n) - load_piece(shift + c, n);
-  });
-}
-
 template <typename W>
 PQ_INLINE void normalize_quantize(const float* x, const W* weight, float rstd, const float* shift,
                                   int8_t* q, int64_t cols, QuantizerParams quantizer) {

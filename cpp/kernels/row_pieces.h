@@ -2,7 +2,7 @@
 // A row in pieces of kLanes, the last one shorter, and vectors [cols] beside rows.
 #pragma once
 
-#include "simd.h"
+#include "quantize.h"
 
 PQ_ISA_NAMESPACE_BEGIN
 
@@ -35,6 +35,16 @@ PQ_INLINE const float* float_channels(ChannelVector channels, int64_t cols, floa
   if (!data || type == FloatType::kFloat32) return static_cast<const float*>(data);
   with_float_type(type, data, [&](auto* values) { load_row(values, scratch, cols); });
   return scratch;
+}
+
+// q[c] = quantize(normalized(c, n) - shift[c]) in pieces; no shift: quantize(normalized(c, n)).
+template <typename Normalized>
+PQ_INLINE void shift_quantize(int8_t* q, const float* shift, int64_t cols,
+                              QuantizerParams quantizer, Normalized&& normalized) {
+  if (!shift) return quantize_each(q, cols, quantizer, normalized);
+  quantize_each(q, cols, quantizer, [=](int64_t c, int64_t n) PQ_INLINE_LAMBDA {
+    return normalized(c, n) - load_piece(shift + c, n);
+  });
 }
 
 PQ_ISA_NAMESPACE_END

@@ -15,40 +15,8 @@
 namespace prefixquant {
 namespace {
 
-int log2_of(int64_t power_of_two) {
-  int result = 0;
-  while (int64_t{1} << result < power_of_two) ++result;
-  return result;
-}
-
-float norm_of(const RowHadamardParams& p) {
-  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.block_size)));
-}
-
-// What the arguments of all kernels begin with; the rest is zero.
-template <typename Args>
-Args begin_args(const RowHadamardParams& p) {
-  Args a{};
-  a.x = static_cast<const uint16_t*>(p.x);
-  a.up = static_cast<const uint16_t*>(p.up);
-  a.x_stride = p.x_stride;
-  a.up_stride = p.up_stride;
-  a.out = p.out;
-  a.scaling = p.scaling;
-  a.scale = p.scale;
-  a.row_scale = p.row_scale;
-  a.qmin = p.qmin;
-  a.qmax = p.qmax;
-  a.norm = norm_of(p);
-  a.signs = p.signs;
-  a.is_bfloat16 = p.dtype == RowDtype::kBFloat16;
-  a.block_size = static_cast<int>(p.block_size);
-  a.blocks_per_row = FastDivisor(static_cast<uint32_t>(p.cols / p.block_size));
-  return a;
-}
-
 HadamardArgs make_args(const RowHadamardParams& p, const HadamardConfig& config) {
-  HadamardArgs a = begin_args<HadamardArgs>(p);
+  HadamardArgs a = begin_hadamard_args<HadamardArgs>(p);
   a.cols = static_cast<int>(p.cols);
   const int64_t pow2 = p.block_size / p.k;
   a.segment = static_cast<int>(pow2 < kMaxSegment ? pow2 : kMaxSegment);
@@ -169,7 +137,7 @@ HadamardMmaKernel pair_wgmma_kernel(int64_t k, int pow2, bool swiglu) {
 
 void launch_mma(const RowHadamardParams& p, const HadamardConfig& config, int arch,
                 cudaStream_t stream) {
-  HadamardMmaArgs a = begin_args<HadamardMmaArgs>(p);
+  HadamardMmaArgs a = begin_hadamard_args<HadamardMmaArgs>(p);
   a.k = static_cast<int>(p.k);
   a.blocks = p.rows * (p.cols / p.block_size);
   a.qmin_pair = level_pair(p.qmin), a.qmax_pair = level_pair(p.qmax);
@@ -218,7 +186,7 @@ HadamardClusterKernel cluster_kernel(const RowHadamardParams& p) {
 
 void launch_cluster(const RowHadamardParams& p, const HadamardConfig& config, int arch,
                     cudaStream_t stream) {
-  HadamardClusterArgs a = begin_args<HadamardClusterArgs>(p);
+  HadamardClusterArgs a = begin_hadamard_args<HadamardClusterArgs>(p);
   a.k = static_cast<int>(p.k);
   a.pow2 = a.block_size / a.k;
   const int width = std::min(a.pow2, kHadamardTile);
@@ -241,7 +209,8 @@ void launch_generic(const RowHadamardParams& p, const HadamardConfig& config, in
   shape.grid = config.grid;
   shape.block = kHadamardGenericThreads;
   shape.smem = config.smem_bytes;
-  launch_dependent(hadamard_generic_kernel<T>, shape, arch, stream, p, config.group, norm_of(p));
+  launch_dependent(hadamard_generic_kernel<T>, shape, arch, stream, p, config.group,
+                   hadamard_norm(p));
 }
 
 // The rows from `first` on.

@@ -2,29 +2,10 @@
 #include "prefixquant/rmsnorm_hadamard.cuh"
 
 #include <algorithm>
-#include <cmath>
 
 #include "prefixquant/launch.h"
 
 namespace prefixquant {
-
-// Specialized in src/inst/.
-#define PQ_DECLARE(...) \
-  template <>           \
-  RmsnormHadamardKernel rmsnorm_hadamard_instance<__VA_ARGS__>(int64_t segment)
-PQ_DECLARE(Butterflies<1>);
-PQ_DECLARE(Butterflies<2>);
-PQ_DECLARE(Butterflies<4>);
-PQ_DECLARE(Butterflies<8>);
-PQ_DECLARE(Butterflies<16>);
-PQ_DECLARE(SignSums<12, 2>);
-PQ_DECLARE(SignSums<20, 2>);
-PQ_DECLARE(SignSums<28, 2>);
-PQ_DECLARE(SignSums<36, 1>);
-PQ_DECLARE(SignSums<44, 1>);
-PQ_DECLARE(SignSums<52, 1>);
-PQ_DECLARE(SignSums<60, 1>);
-#undef PQ_DECLARE
 
 namespace {
 
@@ -32,12 +13,6 @@ constexpr int64_t kReservedSmem = 1024;  // of every CTA, by the system
 constexpr int64_t kStaticSmem = 4 * kRmsnormHadamardRows;
 constexpr int64_t kGroupBytes = 57344;  // of columns: three CTAs an SM
 constexpr int64_t kThreads = 256;       // of a CTA, with many rows
-
-int log2_of(int64_t power_of_two) {
-  int result = 0;
-  while (int64_t{1} << result < power_of_two) ++result;
-  return result;
-}
 
 RmsnormHadamardKernel sign_sums_kernel(int64_t k, int64_t segment) {
   switch (k) {
@@ -148,19 +123,8 @@ RowSchedule schedule_of(const RowHadamardParams& p, const RowLayout& layout, boo
 RmsnormHadamardArgs make_args(const RmsnormHadamardParams& p, const RowLayout& layout,
                               const RowSchedule& schedule) {
   const RowHadamardParams& h = p.rows;
-  RmsnormHadamardArgs a{};
-  a.x = static_cast<const uint16_t*>(h.x);
-  a.x_stride = h.x_stride;
-  a.out = h.out;
-  a.scaling = RowScale::kStatic;
-  a.scale = h.scale;
-  a.qmin = h.qmin;
-  a.qmax = h.qmax;
-  a.norm = static_cast<float>(1.0 / std::sqrt(static_cast<double>(h.cols)));
-  a.signs = h.signs;
-  a.is_bfloat16 = h.dtype == RowDtype::kBFloat16;
-  a.block_size = a.cols = static_cast<int>(h.cols);
-  a.blocks_per_row = FastDivisor(1);
+  RmsnormHadamardArgs a = begin_hadamard_args<RmsnormHadamardArgs>(h);
+  a.cols = static_cast<int>(h.cols);
   a.segment = a.columns = static_cast<int>(layout.segment);
   a.log2_columns = log2_of(layout.segment);
   a.group = schedule.group;
@@ -188,9 +152,8 @@ void launch_generic(const RmsnormHadamardParams& p, const HadamardDevice& device
                  << (device.smem_limit - 512) / 4
                  << " elements, which meet in the shared memory of this device, got "
                  << p.rows.cols);
-  const double cols = static_cast<double>(p.rows.cols);
   launch_dependent(rmsnorm_hadamard_generic_kernel<T>, shape, device.arch, stream, p,
-                   static_cast<float>(1.0 / std::sqrt(cols)), 1.0 / cols);
+                   hadamard_norm(p.rows), 1.0 / static_cast<double>(p.rows.cols));
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefixquant.config import Rotations
 from prefixquant.quantizer import fake_quantize, fake_quantize_dynamic
 from prefixquant.roles import BlockWeights, Geometry
 from prefixquant.rotate import rotate_last_dim
@@ -27,6 +28,17 @@ class BlockShape:
     r4_size: int
     r5_size: int = 1
     r6_size: int = 1  # the hidden size, or none
+
+    @classmethod
+    def of(cls, geometry: Geometry, rotations: Rotations) -> "BlockShape":
+        """That of a model's blocks with these rotations."""
+        return cls(
+            geometry,
+            geometry.head_dim if rotations.r3 else 1,
+            rotations.r4_size,
+            rotations.r5_size,
+            rotations.r6_size(geometry.hidden),
+        )
 
 
 @dataclass

@@ -71,9 +71,7 @@ class FloatDecoder:
         self.centre = centre
         self.roles = model_roles(model.config)
         self.geometry = model_geometry(model.config)
-        self.shape = BlockShape(
-            self.geometry, plan.r3_size, plan.r4_size, plan.r5_size, plan.r6_size
-        )
+        self.shape = BlockShape.of(self.geometry, plan.rotations)
         self._blocks = model_blocks(model, self.roles)
 
     def __len__(self) -> int:

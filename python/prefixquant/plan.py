@@ -62,9 +62,7 @@ def plan_report(
         centred_keys=recipe.centred_keys,
     )
     storage = checkpoint_layout.storage(sizes, quantization)
-    shape = BlockShape(
-        geometry, rotations.r3_size, rotations.r4_size, rotations.r5_size, rotations.r6_size
-    )
+    shape = BlockShape.of(geometry, rotations.rotations)
     return {
         **report_head("dry-run", sys.argv),
         "model": model,

@@ -34,14 +34,7 @@ class SimulatedModel:
         self.config = checkpoint.hf_config()
         self.roles = model_roles(self.config)
         self.geometry = model_geometry(self.config)
-        rotations = self.quantization.rotations
-        self.shape = BlockShape(
-            self.geometry,
-            self.geometry.head_dim if rotations.r3 else 1,
-            rotations.r4_size,
-            rotations.r5_size,
-            rotations.r6_size(self.geometry.hidden),
-        )
+        self.shape = BlockShape.of(self.geometry, self.quantization.rotations)
         self.rotary = _rotary_embedding(self.config).to(self.device)
         self.blocks = [self._block(i) for i in range(self.geometry.layers)]
         self.embedding = self._float(f"{self.roles.embedding}.weight")

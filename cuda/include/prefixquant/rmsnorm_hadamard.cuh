@@ -238,10 +238,17 @@ constexpr RmsnormHadamardBounds rmsnorm_hadamard_bounds(int64_t k, int64_t segme
   return {256, k > 44 ? 2 : 3};
 }
 
+// The segments that there are kernels for, of those in kRmsnormHadamardSegments. `inputs`: of sums.
+inline constexpr int kRmsnormHadamardSegments[] = {0, 128, 256, 512, 1024};
+constexpr bool rmsnorm_hadamard_is_compiled(int k, int inputs, int segment) {
+  if (k > 1) return segment <= 256 || (segment == 512 && k <= 28) || k == 12;
+  return segment == 1024 || (inputs == 1 ? segment == 0 || segment == 512 : segment == 256);
+}
+
 using RmsnormHadamardKernel = void (*)(RmsnormHadamardArgs);
 
-// The kernel for that segment, or nullptr where none is compiled. Specialized once each in
-// src/inst/rmsnorm_hadamard_*.cu.
+// The kernel for that segment, or nullptr where none is compiled. Defined in
+// rmsnorm_hadamard_instance.cuh, instantiated once each in src/inst/rmsnorm_hadamard_*.cu.
 template <typename Sums>
 RmsnormHadamardKernel rmsnorm_hadamard_instance(int64_t segment);
 

@@ -2,8 +2,5 @@
 #include "prefixquant/rmsnorm_hadamard_instance.cuh"
 
 namespace prefixquant {
-template <>
-RmsnormHadamardKernel rmsnorm_hadamard_instance<SignSums<60, 1>>(int64_t segment) {
-  return pick_rmsnorm_hadamard<SignSums<60, 1>, 0, 128, 256>(segment);
-}
+template RmsnormHadamardKernel rmsnorm_hadamard_instance<SignSums<60, 1>>(int64_t);
 }  // namespace prefixquant
