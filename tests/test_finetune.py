@@ -450,7 +450,7 @@ def test_mixed_samples_are_the_same_tokens_in_other_contexts():
     with torch.no_grad():
         training = EndToEnd(setting.decoder, [learned], setting.ids, teacher, config, 0)
         embedded, said = training.embedded.values.clone(), teacher.hidden.values.clone()
-        training._mix(torch.Generator().manual_seed(1))
+        training._mix(torch.Generator().manual_seed(1), 0)
     held_out = slice(16, None)
     assert torch.equal(teacher.hidden.values[held_out], said[held_out])
     assert not torch.equal(teacher.hidden.values, said)

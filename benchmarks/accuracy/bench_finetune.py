@@ -114,7 +114,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict:
     streams, rope = Streams(start, start.clone()), decoder.rope(arguments.seqlen)
     arrangement = decoder.shape, recipe.scheme, rope, prefix[0], streams
     calibrated = clock.measure("calibrate", lambda: calibrate_block(block, *arrangement))
-    pipeline = BlockPipeline(decoder, recipe, prefix, samples)
+    pipeline = BlockPipeline(decoder, recipe, (1,), samples)
     tuner = pipeline.tuner
     clock.measure(
         "float forward, a sample",

@@ -69,6 +69,7 @@ class Run:
             e2e_prefix=arguments.e2e_prefix,
             e2e_prefix_rate=arguments.e2e_prefix_rate,
             e2e_mix=arguments.e2e_mix,
+            e2e_generated=arguments.e2e_generated,
             e2e_average=arguments.e2e_average,
             patience=arguments.patience,
         )
@@ -115,6 +116,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--e2e-norms", action="store_true", default=defaults.e2e_norms)
     parser.add_argument("--e2e-prefix", action="store_true", default=defaults.e2e_prefix)
     parser.add_argument("--e2e-mix", action="store_true", default=defaults.e2e_mix)
+    parser.add_argument("--e2e-generated", type=float, default=defaults.e2e_generated)
     parser.add_argument("--e2e-average", type=float, default=defaults.e2e_average)
     parser.add_argument("--suffix", default="finetune", help="the result is NAME-SUFFIX.json")
     parser.add_argument(
@@ -165,7 +167,7 @@ class Measurement:
 
     def _pipeline(self, recipe: RecipeConfig) -> BlockPipeline:
         samples = Samples.draw(recipe, self.bench.calibration())
-        return BlockPipeline(self.decoder, recipe, self.decoder.prefix(self.ids), samples)
+        return BlockPipeline(self.decoder, recipe, self.ids, samples)
 
     def _row(self, phase: str, seconds: float, finished: list[FinishedBlock]) -> dict:
         measured = self.bench.measure(as_stored(self.decoder, finished))
@@ -192,6 +194,7 @@ class Measurement:
         start = time.monotonic()
         pipeline = self._pipeline(self.recipe)
         finished = [pipeline.run(index, advance) for index in blocks]
+        pipeline.generate_samples(lambda samples: None)
         seconds = time.monotonic() - start
         if tuning.epochs and "block-ap" in self.phases:
             row = self._row("Block-AP", seconds, finished)

@@ -15,7 +15,14 @@ from prefixquant.calibrate import CalibratedBlock, Streams, calibrate_block
 from prefixquant.config import FinetuneConfig, RecipeConfig
 from prefixquant.counted import Counted
 from prefixquant.decoder import FloatDecoder
-from prefixquant.finetune import BlockTuner, EndToEnd, Learned, LearnedBlock, Teacher
+from prefixquant.finetune import (
+    BlockTuner,
+    EndToEnd,
+    Learned,
+    LearnedBlock,
+    Teacher,
+    generate_samples,
+)
 from prefixquant.resume import BlockState, SavedBlock
 from prefixquant.roles import BlockWeights
 from prefixquant.solvers import WeightSolver
@@ -61,7 +68,7 @@ class BlockPipeline:
     """Takes blocks through calibration and fine-tuning, in order.
 
     Args:
-        prefix: K/V of the prefix in every block.
+        prefix_ids: the tokens of the prefix.
         state: where finished blocks are kept; blocks found there are not made again.
     """
 
@@ -69,11 +76,13 @@ class BlockPipeline:
         self,
         decoder: FloatDecoder,
         recipe: RecipeConfig,
-        prefix: list[PrefixKV],
+        prefix_ids: tuple[int, ...],
         samples: Samples,
         state: BlockState | None = None,
     ):
-        self.decoder, self.recipe, self.prefix, self.state = decoder, recipe, prefix, state
+        self.decoder, self.recipe, self.state = decoder, recipe, state
+        self.prefix_ids = prefix_ids
+        self.prefix = prefix = decoder.prefix(prefix_ids)
         self._solver = WeightSolver(recipe.solver, recipe.group_size, recipe.outlier_fraction)
         embedded = decoder.embed(samples.search)
         counted = Counted(samples.search.shape, prefix[0].length, recipe.eta, decoder.device)
@@ -90,6 +99,7 @@ class BlockPipeline:
                 recipe.seed,
                 quantized=recipe.finetune.epochs > 0,
             )
+        self._generated: Tensor | None = None
         # Where training end to end starts: finished blocks, the floating weights behind them.
         self._starts: list[tuple[CalibratedBlock, dict[str, Tensor]]] = []
 
@@ -187,6 +197,21 @@ class BlockPipeline:
                 tap,
             )
 
+    def generate_samples(self, advance: Callable[[int], None]) -> None:
+        """Has the float model write what training end to end takes beside the text, if anything;
+        ``advance`` is called with the number of samples that came to be."""
+        tuning = self.recipe.finetune
+        if tuning.generated_samples:
+            text = self.training[: tuning.samples - tuning.validation_samples]
+            self._generated = generate_samples(
+                self.decoder.model,
+                text,
+                self.prefix_ids,
+                tuning.generated_samples,
+                self.recipe.seed,
+                advance,
+            )
+
     def end_to_end(
         self, advance: Callable[[int], None], config: FinetuneConfig | None = None
     ) -> tuple[list[FinishedBlock], dict]:
@@ -207,7 +232,15 @@ class BlockPipeline:
             for (block, latents), kv in zip(self._starts, self.prefix, strict=True)
         ]
         teacher = Teacher(self.tuner.floating, self._head(), self.prefix)
-        training = EndToEnd(self.decoder, blocks, self.training, teacher, config, self.recipe.seed)
+        training = EndToEnd(
+            self.decoder,
+            blocks,
+            self.training,
+            teacher,
+            config,
+            self.recipe.seed,
+            self._generated,
+        )
         report = training.run(lambda: advance(1))
         finished = []
         for index, each in enumerate(blocks):

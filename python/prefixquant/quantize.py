@@ -84,7 +84,7 @@ def quantize(
 
     start = time.monotonic()
     packer = _Packer(decoder, _storage_dtype(model), recipe)
-    pipeline = BlockPipeline(decoder, recipe, decoder.prefix(search.prefix), samples, state)
+    pipeline = BlockPipeline(decoder, recipe, search.prefix, samples, state)
     end_to_end = recipe.finetune.e2e_epochs
     blocks = []
     total = len(decoder) * pipeline.steps_per_block
@@ -97,6 +97,11 @@ def quantize(
     report = {"prefix": search.to_dict(tokenizer), "blocks": blocks, "stage_seconds": seconds}
     seconds["quantize_blocks"] = time.monotonic() - start
     if end_to_end:
+        start = time.monotonic()
+        total = recipe.finetune.generated_samples
+        with progress.stage("generate training samples", total=total) as advance:
+            pipeline.generate_samples(advance)
+        seconds["generate_samples"] = time.monotonic() - start
         with progress.stage("train end to end", total=end_to_end) as advance:
             trained, report["end_to_end"] = pipeline.end_to_end(advance)
         for index, finished in enumerate(trained):

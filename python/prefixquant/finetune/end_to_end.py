@@ -88,6 +88,8 @@ class EndToEnd:
     Args:
         blocks: what is trained; left with the values that validated best.
         samples: int64 [n, T], those of the teacher.
+        generated: int64 [m, T], samples that take the place of some of the text's, others in every
+            epoch (`config.e2e_generated`); None: train on the text alone.
     """
 
     def __init__(
@@ -98,8 +100,9 @@ class EndToEnd:
         teacher: Teacher,
         config: FinetuneConfig,
         seed: int,
+        generated: Tensor | None = None,
     ):
-        self.decoder, self.samples = decoder, samples
+        self.decoder, self.samples, self.generated = decoder, samples, generated
         self.shape, self.device, self.eps = decoder.shape, decoder.device, decoder.geometry.eps
         self.blocks, self.teacher, self.config, self.seed = blocks, teacher, config, seed
         self.counted = slice(1 if blocks[0].key_start.shape[1] else 0, None)
@@ -137,24 +140,34 @@ class EndToEnd:
             stepper.reset()
             generator = torch.Generator().manual_seed(self.seed)
             task = Task(self._load, self._validate, self._snapshot, self._restore)
-            if config.e2e_mix:
-                task = replace(task, begin_epoch=lambda: self._mix(generator))
+            if self._mixes:
+                task = replace(task, begin_epoch=partial(self._mix, generator))
             mean = RunningMean(stepper, config.e2e_average) if config.e2e_average else None
             log = train(stepper, schedule, generator, task, on_epoch, mean)
-            if config.e2e_mix:
+            if self._mixes:
                 self._place(self.samples[: self.trained])
         report = log.to_dict() | {"seconds": time.monotonic() - start}
         if self.device.type == "cuda":
             report["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
         return report
 
-    def _mix(self, generator: torch.Generator) -> None:
+    @property
+    def _mixes(self) -> bool:
+        return self.config.e2e_mix or self.generated is not None
+
+    def _mix(self, generator: torch.Generator, epoch: int) -> None:
         """The training samples strung together in another order and cut at another place: the same
-        tokens in other contexts, of which the float model says other things."""
+        tokens in other contexts, of which the float model says other things. Generated samples
+        take the place of the last ones of that order; each serves one epoch."""
         samples = self.samples[: self.trained]
-        order = torch.randperm(len(samples), generator=generator)
+        samples = samples[torch.randperm(len(samples), generator=generator)]
+        if self.generated is not None:
+            share = len(self.generated) // self.config.e2e_epochs
+            written = self.generated[epoch * share : (epoch + 1) * share]
+            samples = torch.cat((samples[: len(samples) - share], written.to(samples.device)))
+            samples = samples[torch.randperm(len(samples), generator=generator)]
         start = int(torch.randint(samples.shape[1], (), generator=generator))
-        self._place(samples[order].flatten().roll(-start).view_as(samples))
+        self._place(samples.flatten().roll(-start).view_as(samples))
 
     @torch.no_grad()
     def _place(self, samples: Tensor) -> None:

@@ -215,7 +215,7 @@ class Task:
     validate: Callable[[], float]  # the mean loss on samples held out
     snapshot: Callable[[], object]
     restore: Callable[[object], None]
-    begin_epoch: Callable[[], None] = lambda: None  # may replace the samples
+    begin_epoch: Callable[[int], None] = lambda epoch: None  # may replace the samples
 
 
 def train(
@@ -237,7 +237,7 @@ def train(
     best, kept = log.validation[0], task.snapshot()
     steps = schedule.epochs * schedule.batches
     for epoch in range(schedule.epochs):
-        task.begin_epoch()
+        task.begin_epoch(epoch)
         order = torch.randperm(schedule.samples, generator=generator).to(schedule.index_device)
         for index in range(schedule.batches):
             task.load(order[index * schedule.batch : (index + 1) * schedule.batch])

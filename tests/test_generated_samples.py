@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training samples that the float model writes, and the training that takes them."""
+
+import dataclasses
+
+import pytest
+import torch
+from prefixquant.config import FinetuneConfig, RecipeConfig, Scheme
+from prefixquant.errors import UserError
+from prefixquant.finetune import EndToEnd, Learned, LearnedBlock, Teacher, generate_samples
+from prefixquant.quantize import quantize
+from test_finetune import CONFIG, Setting
+from tiny_families import FAMILIES, tiny_family
+
+TEXT = torch.randint(2, 97, (6, 300), generator=torch.Generator().manual_seed(3))
+
+
+def generate(model, prefix=(3,), count=3, seed=0, text=TEXT):
+    return generate_samples(model, text, prefix, count, seed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_samples_continue_places_of_the_text(family):
+    samples = generate(tiny_family(family))
+    assert samples.shape == (3, 300)
+    assert samples.dtype == torch.int64
+    windows = {tuple(w) for w in TEXT.unfold(1, 64, 1).flatten(0, 1).tolist()}
+    pieces = samples.flatten()[: 3 * 256].view(3, 256)
+    for piece in pieces.tolist():
+        assert tuple(piece[:64]) in windows
+        assert tuple(piece[64:128]) not in windows
+    # Tokens 0 and 1 begin and end texts; 2000 draws of 97 tokens would have 40 of them.
+    assert not (samples < 2).any()
+
+
+def test_samples_are_drawn_from_the_model_behind_its_prefix():
+    """What follows a beginning is as likely as the float model says: one draw from it."""
+    model = tiny_family("llama")
+    text = TEXT[:1, :4]  # one piece of four tokens: one beginning token, three drawn
+    samples = generate(model, (3, 5), 4000, text=text)
+    assert samples.shape == (4000, 4)
+    for first in text[0].unique():
+        rows = samples[samples[:, 0] == first]
+        prompt = torch.tensor([[3, 5, int(first)]])
+        logits = model(prompt).logits[0, -1]
+        logits[:2] = -torch.inf  # the ends are not drawn
+        expected = logits.softmax(-1)
+        found = torch.bincount(rows[:, 1], minlength=97) / len(rows)
+        deviation = (expected * (1 - expected) / len(rows)).sqrt()
+        assert ((found - expected).abs() <= 5 * deviation + 1e-3).all()
+
+
+def test_the_seed_decides_and_the_callers_random_numbers_stay():
+    model = tiny_family("llama")
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    first = generate(model, seed=4)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(12)
+    assert torch.equal(generate(model, seed=4), first)
+    assert not torch.equal(generate(model, seed=5), first)
+
+
+def test_what_the_model_was_told_about_sampling_does_not_matter():
+    """A generation config of its own (greedy, few tokens, penalties) is for chats."""
+    plain, told = tiny_family("llama"), tiny_family("llama")
+    told.generation_config.update(top_k=1, temperature=0.1, top_p=0.2, repetition_penalty=3.0)
+    told.generation_config.eos_token_id = [1, 7]
+    drawn = generate(told).flatten()[: 3 * 256].view(3, 256)[:, 64:]
+    assert not (drawn == 7).any()
+    told.generation_config.eos_token_id = 1
+    assert torch.equal(generate(told), generate(plain))
+
+
+def test_progress_counts_every_sample(monkeypatch):
+    from prefixquant.finetune import generated
+
+    monkeypatch.setattr(generated, "_CACHE_BYTES", 1)  # a piece at a time
+    told = []
+    generate_samples(tiny_family("llama"), TEXT, (), 3, 0, told.append)
+    assert len(told) == 4
+    assert sum(told) == 3
+
+
+def training(config: FinetuneConfig, generated: torch.Tensor | None):
+    setting = Setting()
+    tuner = setting.tuner(config)
+    original, block = setting.calibrated(0)
+    with torch.no_grad():
+        tuner.advance_float(original, setting.prefix[0])
+    learned = LearnedBlock(block, original, setting.prefix[0], Learned(True))
+    teacher = Teacher(tuner.floating, setting.decoder.head_weight().float(), setting.prefix)
+    with torch.no_grad():
+        return setting, EndToEnd(
+            setting.decoder, [learned], setting.ids, teacher, config, 0, generated
+        )
+
+
+def test_every_epoch_trains_on_other_generated_samples():
+    config = dataclasses.replace(CONFIG, e2e_generated=0.25, e2e_epochs=3)
+    assert config.generated_samples == 12
+    # Tokens that the text does not have say which samples an epoch took.
+    generated = torch.arange(97 - 12, 97)[:, None].expand(12, 24)
+    setting, end_to_end = training(config, generated)
+    setting.ids.clamp_(max=84)
+    held_out = end_to_end.embedded.values[16:].clone()
+    placed = []
+    end_to_end._place = lambda samples: placed.append(samples.clone())
+    end_to_end.run()
+    *epochs, last = placed
+    assert len(epochs) == 3
+    assert torch.equal(last, setting.ids[:16])
+    assert torch.equal(end_to_end.embedded.values[16:], held_out)
+    for epoch, samples in enumerate(epochs):
+        assert samples.shape == (16, 24)
+        own = samples[samples > 84].unique()
+        assert own.tolist() == list(range(85 + 4 * epoch, 89 + 4 * epoch))
+        assert (samples > 84).sum() == 4 * 24
+
+
+def test_samples_that_are_all_generated():
+    config = dataclasses.replace(CONFIG, e2e_generated=1.0, e2e_epochs=2)
+    assert config.generated_samples == 32
+    _, end_to_end = training(config, torch.full((32, 24), 5))
+    placed = []
+    end_to_end._place = lambda samples: placed.append(samples.clone())
+    end_to_end.run()
+    assert all((samples == 5).all() for samples in placed[:2])
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_wrong_share_is_named(share):
+    with pytest.raises(UserError, match="e2e_generated: expected 0 to 1"):
+        FinetuneConfig(e2e_generated=share)
+
+
+def test_quantize_writes_samples_and_trains_on_them():
+    class Tokenizer:
+        bos_token_id = 0
+
+        def decode(self, ids, **options):
+            return str(ids)
+
+    tuning = FinetuneConfig(
+        e2e_epochs=1, samples=12, seqlen=32, validation_samples=4, e2e_generated=0.5
+    )
+    recipe = RecipeConfig(
+        Scheme(4, 8, 8), prefix="bos", nsamples=2, seqlen=16, search_samples=4, search_seqlen=16
+    )
+    calibration = torch.randint(2, 97, (800,), generator=torch.Generator().manual_seed(1))
+
+    def run(share: float):
+        finetune = dataclasses.replace(tuning, e2e_generated=share)
+        changed = dataclasses.replace(recipe, finetune=finetune)
+        return quantize(tiny_family("llama"), Tokenizer(), changed, calibration)
+
+    first, again, without = run(0.5), run(0.5), run(0.0)
+    assert first.report["stage_seconds"]["generate_samples"] > 0
+    assert all(torch.equal(t, again.tensors[n]) for n, t in first.tensors.items())
+    losses = [r.report["end_to_end"]["training_loss"] for r in (first, again, without)]
+    assert losses[0] == losses[1] != losses[2]
