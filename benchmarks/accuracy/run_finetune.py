@@ -83,6 +83,7 @@ class Run:
             centre=arguments.centre,
             r5_block_size=0 if arguments.r5 else 1,
             r6=arguments.r6,
+            seed=arguments.seed,
             finetune=tuning,
         )
 
@@ -108,6 +109,7 @@ def parse_arguments() -> argparse.Namespace:
         default = getattr(RecipeConfig(), name)
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default)
     parser.add_argument("--r5", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--patience", type=int, default=defaults.patience)
     rates = ("weight_rate", "scale_rate", "e2e_weight_rate", "e2e_scale_rate", "e2e_prefix_rate")
     for name in rates:
@@ -116,7 +118,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--e2e-norms", action="store_true", default=defaults.e2e_norms)
     parser.add_argument("--e2e-prefix", action="store_true", default=defaults.e2e_prefix)
     parser.add_argument("--e2e-mix", action="store_true", default=defaults.e2e_mix)
-    parser.add_argument("--e2e-generated", type=float, default=defaults.e2e_generated)
+    parser.add_argument("--e2e-generated", type=int, default=defaults.e2e_generated)
     parser.add_argument("--e2e-average", type=float, default=defaults.e2e_average)
     parser.add_argument("--suffix", default="finetune", help="the result is NAME-SUFFIX.json")
     parser.add_argument(

@@ -201,13 +201,13 @@ class BlockPipeline:
         """Has the float model write what training end to end takes beside the text, if anything;
         ``advance`` is called with the number of samples that came to be."""
         tuning = self.recipe.finetune
-        if tuning.generated_samples:
+        if tuning.e2e_generated:
             text = self.training[: tuning.samples - tuning.validation_samples]
             self._generated = generate_samples(
                 self.decoder.model,
                 text,
                 self.prefix_ids,
-                tuning.generated_samples,
+                tuning.e2e_generated,
                 self.recipe.seed,
                 advance,
             )

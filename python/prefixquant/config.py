@@ -285,7 +285,7 @@ class FinetuneConfig:
     e2e_prefix: bool = False
     e2e_prefix_rate: float = 1e-3  # of the rms of the prefix's K or V in a block
     e2e_mix: bool = False  # string the samples together anew every epoch, and cut them elsewhere
-    e2e_generated: float = 0.0  # share of an epoch's samples that the float model writes; mixes
+    e2e_generated: int = 0  # samples that the float model writes: half of every epoch's; mixes
     e2e_average: float = 0.0  # decay of the running mean that is validated and kept; 0: none
     checkpointing: bool = False  # end to end: compute activations twice, keep one block's
     activations: str = "auto"  # where the streams are kept: device, host or disk
@@ -293,7 +293,7 @@ class FinetuneConfig:
     graphs: bool = True  # on a GPU, run a training step as one CUDA graph
 
     def __post_init__(self):
-        for name in ("epochs", "e2e_epochs"):
+        for name in ("epochs", "e2e_epochs", "e2e_generated"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}: expected at least 0, got {getattr(self, name)}")
         for name in ("batch", "validation_samples", "patience"):
@@ -311,8 +311,6 @@ class FinetuneConfig:
             shares = rate.name.endswith("_rate") or rate.name == "e2e_average"
             if shares and not 0 <= value < 1:
                 raise UserError(f"{rate.name}: expected 0 to 1, got {value}")
-        if not 0 <= self.e2e_generated <= 1:
-            raise UserError(f"e2e_generated: expected 0 to 1, got {self.e2e_generated}")
         if self.activations not in ("auto", "device", "host", "disk"):
             raise UserError(
                 f"activations: expected auto, device, host or disk, got {self.activations!r}"
@@ -321,12 +319,6 @@ class FinetuneConfig:
     @property
     def active(self) -> bool:
         return self.epochs > 0 or self.e2e_epochs > 0
-
-    @property
-    def generated_samples(self) -> int:
-        """How many samples the float model writes: others for every epoch end to end."""
-        epoch = round(self.e2e_generated * (self.samples - self.validation_samples))
-        return epoch * self.e2e_epochs
 
 
 @dataclass(frozen=True)

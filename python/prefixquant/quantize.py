@@ -98,7 +98,7 @@ def quantize(
     seconds["quantize_blocks"] = time.monotonic() - start
     if end_to_end:
         start = time.monotonic()
-        total = recipe.finetune.generated_samples
+        total = recipe.finetune.e2e_generated
         with progress.stage("generate training samples", total=total) as advance:
             pipeline.generate_samples(advance)
         seconds["generate_samples"] = time.monotonic() - start

@@ -56,16 +56,24 @@ def _dense_signs(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tens
     return signs.to(device=device, dtype=dtype), n**-0.5
 
 
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a product with x is computed in."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def rotate_last_dim(x: Tensor, size: int, *, inverse: bool = False) -> Tensor:
-    """``H x`` on each block of ``size`` of the last dimension, in the dtype of x; 1 is none.
+    """``H x`` on each block of ``size`` of the last dimension, in the dtype of a product with x; 1
+    is none.
     ``inverse``: ``H^T x``, which takes it back.
 
     Differentiable and on any device; `prefixquant.ops.hadamard` is the same as one kernel.
     """
     if size == 1:
         return x
-    if x.is_cuda and x.dtype != torch.float32 and size <= _DENSE_SIZE:
-        signs, norm = _dense_signs(size, x.dtype, x.device)
+    dtype = _product_dtype(x)
+    if x.is_cuda and dtype != torch.float32 and size <= _DENSE_SIZE:
+        signs, norm = _dense_signs(size, dtype, x.device)
         return ((x.reshape(-1, size) @ (signs if inverse else signs.T)) * norm).reshape(x.shape)
     outer, inner = _factors(size, x.dtype, x.device)
     if inverse:

@@ -88,8 +88,8 @@ class EndToEnd:
     Args:
         blocks: what is trained; left with the values that validated best.
         samples: int64 [n, T], those of the teacher.
-        generated: int64 [m, T], samples that take the place of some of the text's, others in every
-            epoch (`config.e2e_generated`); None: train on the text alone.
+        generated: int64 [m, T], samples that take the place of half of the text's, in turn; None:
+            train on the text alone.
     """
 
     def __init__(
@@ -158,13 +158,13 @@ class EndToEnd:
     def _mix(self, generator: torch.Generator, epoch: int) -> None:
         """The training samples strung together in another order and cut at another place: the same
         tokens in other contexts, of which the float model says other things. Generated samples
-        take the place of the last ones of that order; each serves one epoch."""
+        take the place of the second half, the next ones in every epoch."""
         samples = self.samples[: self.trained]
         samples = samples[torch.randperm(len(samples), generator=generator)]
         if self.generated is not None:
-            share = len(self.generated) // self.config.e2e_epochs
-            written = self.generated[epoch * share : (epoch + 1) * share]
-            samples = torch.cat((samples[: len(samples) - share], written.to(samples.device)))
+            half = len(samples) // 2
+            turn = torch.arange(epoch * half, (epoch + 1) * half) % len(self.generated)
+            samples[-half:] = self.generated[turn].to(samples.device)
             samples = samples[torch.randperm(len(samples), generator=generator)]
         start = int(torch.randint(samples.shape[1], (), generator=generator))
         self._place(samples.flatten().roll(-start).view_as(samples))

@@ -6,12 +6,13 @@ says elsewhere. The float model can write as many more as are wanted: text that 
 data-free quantization-aware training uses it (LLM-QAT, arXiv 2305.17888, section 3.1).
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from prefixquant.finetune.training import training_mode
+from prefixquant.finetune.training import deterministic
 from prefixquant.quantizer import matmul_dtype
 from prefixquant.roles import Geometry, model_geometry
 
@@ -50,17 +51,19 @@ def generate_samples(
     pieces = -(-count * length // piece)
     generator = torch.Generator().manual_seed(seed)
     beginnings = _beginnings(text, pieces, max(1, piece * _BEGINNING // _PIECE), generator)
-    device = next(model.parameters()).device
-    batch = _batch(model_geometry(model.config), matmul_dtype(device), len(prefix) + piece)
+    writer = _writer(model)
+    batch = _batch(model_geometry(model.config), writer.dtype, len(prefix) + piece)
     written, told = [], 0
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), training_mode(device), torch.no_grad():
+    devices = [writer.device] if writer.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), deterministic(), torch.no_grad():
         torch.manual_seed(seed)
         for part in beginnings.split(batch):
-            written.append(_continue(model, part.to(device), prefix, piece))
+            written.append(_continue(writer, part.to(writer.device), prefix, piece))
             done = min(count, sum(map(len, written)) * piece // length)
             advance(done - told)
             told = done
+    if devices:
+        torch.cuda.empty_cache()  # pieces of every length left their caches behind
     return torch.cat(written).flatten()[: count * length].view(count, length)
 
 
@@ -69,6 +72,13 @@ def _beginnings(text: Tensor, pieces: int, length: int, generator: torch.Generat
     samples = torch.randint(len(text), (pieces, 1), generator=generator)
     starts = torch.randint(text.shape[1] - length + 1, (pieces, 1), generator=generator)
     return text[samples, starts + torch.arange(length)]
+
+
+def _writer(model: nn.Module) -> nn.Module:
+    """The model in the dtype of quick products; a float32 model is copied for it."""
+    if model.dtype.itemsize == 2 or matmul_dtype(model.device) == model.dtype:
+        return model
+    return copy.deepcopy(model).to(matmul_dtype(model.device))
 
 
 def _batch(geometry: Geometry, dtype: torch.dtype, length: int) -> int:

@@ -34,7 +34,7 @@ def training_mode(device: torch.device) -> Iterator[None]:
     """
     low = matmul_dtype(device) is torch.bfloat16
     with (
-        _deterministic(),
+        deterministic(),
         sdpa_kernel(_ATTENTION),
         torch.enable_grad(),
         # cache_enabled=False: every weight is used once a step, a cache would only keep copies.
@@ -44,7 +44,8 @@ def training_mode(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
+    """The same bits each time, on the same device."""
     tf32 = torch.backends.cuda.matmul.allow_tf32
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
