@@ -25,20 +25,20 @@ def test_samples_continue_places_of_the_text(family):
     assert samples.shape == (3, 300)
     assert samples.dtype == torch.int64
     windows = {tuple(w) for w in TEXT.unfold(1, 64, 1).flatten(0, 1).tolist()}
-    pieces = samples.flatten()[: 3 * 256].view(3, 256)
+    pieces = samples.flatten()[: 7 * 128].view(7, 128)
     for piece in pieces.tolist():
         assert tuple(piece[:64]) in windows
-        assert tuple(piece[64:128]) not in windows
-    # Tokens 0 and 1 begin and end texts; 2000 draws of 97 tokens would have 40 of them.
+        assert tuple(piece[64:]) not in windows
+    # Tokens 0 and 1 begin and end texts.
     assert not (samples < 2).any()
 
 
 def test_samples_are_drawn_from_the_model_behind_its_prefix():
     """What follows a beginning is as likely as the float model says: one draw from it."""
     model = tiny_family("llama")
-    text = TEXT[:1, :4]  # one piece of four tokens: one beginning token, three drawn
+    text = TEXT[:1, :3]  # pieces of three tokens: one begins, two are drawn
     samples = generate(model, (3, 5), 4000, text=text)
-    assert samples.shape == (4000, 4)
+    assert samples.shape == (4000, 3)
     for first in text[0].unique():
         rows = samples[samples[:, 0] == first]
         prompt = torch.tensor([[3, 5, int(first)]])
@@ -66,7 +66,7 @@ def test_what_the_model_was_told_about_sampling_does_not_matter():
     plain, told = tiny_family("llama"), tiny_family("llama")
     told.generation_config.update(top_k=1, temperature=0.1, top_p=0.2, repetition_penalty=3.0)
     told.generation_config.eos_token_id = [1, 7]
-    drawn = generate(told).flatten()[: 3 * 256].view(3, 256)[:, 64:]
+    drawn = generate(told).flatten()[: 7 * 128].view(7, 128)[:, 64:]
     assert not (drawn == 7).any()
     told.generation_config.eos_token_id = 1
     assert torch.equal(generate(told), generate(plain))
@@ -78,7 +78,7 @@ def test_progress_counts_every_sample(monkeypatch):
     monkeypatch.setattr(generated, "_CACHE_BYTES", 1)  # a piece at a time
     told = []
     generate_samples(tiny_family("llama"), TEXT, (), 3, 0, told.append)
-    assert len(told) == 4
+    assert len(told) == 8
     assert sum(told) == 3
 
 

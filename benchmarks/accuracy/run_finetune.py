@@ -172,12 +172,14 @@ class Measurement:
         return BlockPipeline(self.decoder, recipe, self.ids, samples)
 
     def _row(self, phase: str, seconds: float, finished: list[FinishedBlock]) -> dict:
-        measured = self.bench.measure(as_stored(self.decoder, finished))
+        windows = self.bench.by_window(as_stored(self.decoder, finished))
+        measured = self.bench.over_windows(windows)
         return {
             "setting": self.run.scheme,
             "prefix": self.bench.text_of(self.ids),
             "phase": phase,
             **measured,
+            "window_nll": [round(nll, 6) for nll in windows[:, 0].tolist()],
             "seconds": round(seconds, 1),
             "peak_bytes": peak_memory_bytes(),
         }

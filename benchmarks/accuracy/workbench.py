@@ -159,21 +159,31 @@ class Workbench:
         return model.decoder, model.decoder.head_weight(), self.hidden(model)
 
     @torch.no_grad()
-    def measure(self, model: Simulated) -> dict[str, float]:
-        """``ppl``, and against the reference ``kl`` and ``top1``, as `prefixquant.compare`."""
+    def by_window(self, model: Simulated) -> Tensor:
+        """float64 [n, 3]: of every window the means of the negative log-likelihood, and against the
+        reference of the KL divergence and the top-1 agreement."""
         decoder, head, expected_streams = self.reference
         own_head = model.decoder.head_weight()
-        nll = kl = agree = 0.0
+        rows = []
         for ids, own, expected in zip(
             self.windows, self.hidden(model), expected_streams, strict=True
         ):
             log_q = model.decoder.logits(own[:-1], own_head).log_softmax(-1)
             log_p = decoder.logits(expected[:-1], head).log_softmax(-1)
-            nll -= log_q.gather(1, ids[1:, None]).double().sum().item()
-            kl += (log_p.exp() * (log_p - log_q)).double().sum().item()
-            agree += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
-        tokens = self.windows[:, 1:].numel()
-        return {"ppl": math.exp(nll / tokens), "kl": kl / tokens, "top1": agree / tokens}
+            nll = -log_q.gather(1, ids[1:, None])
+            kl = (log_p.exp() * (log_p - log_q)).double().sum(-1)
+            agree = log_p.argmax(-1) == log_q.argmax(-1)
+            rows.append(torch.stack([t.double().mean() for t in (nll, kl, agree)]))
+        return torch.stack(rows).cpu()
+
+    @staticmethod
+    def over_windows(rows: Tensor) -> dict[str, float]:
+        """``ppl``, ``kl`` and ``top1`` over all rows of `by_window`, as `prefixquant.compare`."""
+        nll, kl, agree = rows.mean(0).tolist()
+        return {"ppl": math.exp(nll), "kl": kl, "top1": agree}
+
+    def measure(self, model: Simulated) -> dict[str, float]:
+        return self.over_windows(self.by_window(model))
 
     def run(self, setting: Setting, patch: Callable | None = None) -> dict:
         """Quantizes and measures one setting. ``patch`` is a context manager factory that changes

@@ -17,7 +17,7 @@ from prefixquant.quantizer import matmul_dtype
 from prefixquant.roles import Geometry, model_geometry
 
 # Pieces: long ones drift away from the text that they began with. Their beginning is from the text.
-_PIECE, _BEGINNING = 256, 64
+_PIECE, _BEGINNING = 128, 64
 # K/V of the pieces that are written side by side. A constant, and no share of what is free: the
 # random numbers, and with them the samples, must be the same in every run.
 _CACHE_BYTES = 4 << 30
@@ -33,7 +33,7 @@ def generate_samples(
 ) -> Tensor:
     """Samples of the float model's own text, int64 [count, T] on the host.
 
-    Each piece of 256 tokens begins with 64 tokens from a random place of the text, and the model,
+    Each piece of 128 tokens begins with 64 tokens from a random place of the text, and the model,
     behind the prefix, draws the others from its own distribution (temperature 1, nothing cut off).
     Tokens that begin, end or pad a text are not drawn: in a sample they would be outliers. Pieces
     are strung together and cut into samples.
