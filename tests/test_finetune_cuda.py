@@ -10,7 +10,14 @@ from prefixquant.calibrate import Streams, calibrate_block
 from prefixquant.config import FinetuneConfig, Scheme
 from prefixquant.counted import Counted
 from prefixquant.decoder import FloatDecoder
-from prefixquant.finetune import BlockTuner, EndToEnd, Learned, LearnedBlock, Teacher
+from prefixquant.finetune import (
+    BlockTuner,
+    EndToEnd,
+    Learned,
+    LearnedBlock,
+    Teacher,
+    generate_samples,
+)
 from prefixquant.roles import model_geometry
 from prefixquant.rotate import plan_rotations, rotate_last_dim
 from tiny_families import tiny_family
@@ -113,6 +120,43 @@ def test_end_to_end_training_repeats(weights, checkpointing, mix):
         results.append((learned.freeze()[0], report["training_loss"]))
     assert same(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generated_samples_repeat_and_train(dtype):
+    decoder, ids, prefix, original, block = setting = calibrated()
+    model = tiny_family("llama").to("cuda", dtype)
+    before = torch.cuda.get_rng_state()
+    samples = generate_samples(model, ids[:16], (3,), 24, 0)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert torch.equal(samples, generate_samples(model, ids[:16], (3,), 24, 0))
+    assert samples.device.type == "cpu"
+    assert ((samples > 1) & (samples < 97)).sum() > 0.8 * samples.numel()  # 12 of 24 are ids
+    assert model.dtype == dtype
+    losses = []
+    for _ in range(2):
+        tuner, _, _ = tuned(setting, CONFIG)
+        learned = LearnedBlock(block, original, prefix, Learned(True))
+        head = decoder.head_weight().to("cuda", torch.float32)
+        teacher = Teacher(tuner.floating, head, [prefix])
+        with torch.no_grad():
+            training = EndToEnd(decoder, [learned], ids, teacher, CONFIG, 0, samples)
+            losses.append(training.run()["training_loss"])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("size", [64, 96, 576, 1536])
+def test_rotations_of_16_bit_products(size):
+    x = torch.randn(7, 2 * size, device="cuda", requires_grad=True)
+    expected = rotate_last_dim(x, size)
+    expected.square().sum().backward()
+    gradient, x.grad = x.grad, None
+    with torch.autocast("cuda", torch.bfloat16):
+        found = rotate_last_dim(x, size)
+    assert found.dtype is torch.bfloat16
+    found.float().square().sum().backward()
+    assert (found - expected).norm() < 0.005 * expected.norm()
+    assert (x.grad - gradient).norm() < 0.01 * gradient.norm()
 
 
 @pytest.mark.parametrize("size", [64, 96, 1536])
