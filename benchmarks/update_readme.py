@@ -167,6 +167,7 @@ def finetune_summary(results: list[dict]) -> list[dict]:
                 four_bit = recipe["scheme"]["activation_bits"] == 4
                 marks = {
                     "mixed": tuning.get("e2e_mix"),
+                    "generated": tuning.get("e2e_generated"),
                     "averaged": tuning.get("e2e_average"),
                     "centred": recipe.get("centre"),
                     "keys too": recipe.get("centred_keys"),
@@ -187,6 +188,7 @@ def finetune_summary(results: list[dict]) -> list[dict]:
                     "note": result["note"] + " Epochs: of Block-AP + end to end; the latter trains "
                     "norms and the prefix's K/V too where its row says so; where that is mixed, it "
                     "strings the samples together anew every epoch and cuts them elsewhere; where "
+                    "generated, the float model writes half of every epoch's samples; where "
                     "averaged, it keeps the running mean of what it trains. Rows that do not say "
                     "centred are of before means were taken out; keys too: also that of the keys; "
                     "R5: o_proj's input is rotated across heads; R6: in place of R1.",
