@@ -5,7 +5,8 @@ import pytest
 import torch
 from prefixquant.balance import balance_block, balanced
 from prefixquant.balance_measure import measure_balance
-from prefixquant.block import block_forward
+from prefixquant.block import apply_rope, block_forward, head_projection
+from prefixquant.centre_measure import key_positions
 from prefixquant.counted import Counted
 from prefixquant.decoder import FloatDecoder
 from prefixquant.roles import block_weights, model_blocks, model_geometry, model_roles
@@ -119,6 +120,31 @@ def test_balanced_norms_give_what_their_readers_weigh_alike(centred):
             ratio = made / read
             # bfloat16 rounds to 2^-8 at most, once in each of the two; measured: 0.8 %
             torch.testing.assert_close(ratio / ratio.mean(), torch.ones(48), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_keys_and_values_are_balanced_by_what_their_means_leave(family):
+    """Of the keys: over all positions that their mean is an average over, by brute force."""
+    model, samples = tiny_family(family), torch.randint(0, 97, (5, 19))
+    balance = measured(model, samples, centred=True, keys=True)
+    plan = plan_rotations(model_geometry(model.config), rotate=False)
+    decoder = FloatDecoder(model, plan, balance=balance)
+    prefix, x, rope = decoder.prefix((5, 0)), decoder.embed(samples), decoder.rope(19)
+    everywhere = decoder.rope(key_positions(decoder))
+    for index in range(len(decoder)):
+        block, tap = decoder.block(index), {}
+        x = block_forward(block, decoder.shape, x, rope, prefix[index], tap=tap.__setitem__)
+        keys = head_projection(block, decoder.shape, "k", tap["qkv"][:, 1:].flatten(0, 1))
+        keys = apply_rope(keys[:, :, None], *everywhere)  # [N, H_kv, positions, D]
+        left = (keys - keys.mean((0, 2), keepdim=True)).square().mean((0, 2))
+        read = tap["q"][:, :, 1:].square().mean((0, 2)).sum(0, keepdim=True)
+        pairs = (left[:, :8] + left[:, 8:]) / (read[:, :8] + read[:, 8:])
+        torch.testing.assert_close(pairs / pairs.mean(), torch.ones(1, 8), rtol=1e-3, atol=0)
+        attended = tap["attended"][:, 1:].unflatten(-1, (3, 16))
+        left = (attended - attended.mean((0, 1, 2))).square().mean((0, 1, 2))
+        read = block.weights["o"].unflatten(-1, (3, 16)).square().sum((0, 1))
+        ratio = left / read
+        torch.testing.assert_close(ratio / ratio.mean(), torch.ones(16), rtol=1e-3, atol=0)
 
 
 def test_a_balanced_model_does_not_depend_on_where_its_scales_were():

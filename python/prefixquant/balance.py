@@ -22,8 +22,11 @@ the weights to a share e of their size leaves in the output
     e^2 (sum_c a_c^2 / d_c^2) (sum_c w_c^2 d_c^2)   >=   e^2 (sum_c a_c w_c)^2
 
 (Cauchy-Schwarz), equal where d_c^2 = a_c / w_c. The model computes what it computed before. Where
-a mean is taken out behind the norms (`prefixquant.centre`), a_c is that of what is left, the
-standard deviation.
+a mean is taken out (`prefixquant.centre`), a_c is that of what is left: the standard deviation; of
+the keys, whose mean RoPE turns with the position, what one vector leaves of them. A mean that
+counted would take range from the channels that vary: the squared error that 4-bit keys make in the
+logits is 1.05 % of their variance with one static scale a head, and was 1.25 % (SmolLM2-135M, ten
+of its blocks; with a scale a token 0.78 and 0.94).
 
 SmoothQuant (Xiao et al., arXiv 2211.10438, equation 4) migrates maxima in this form for linears
 that are not rotated; OSTQuant (Hu et al., arXiv 2501.13987) trains such scales beside rotations.

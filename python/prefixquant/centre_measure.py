@@ -44,7 +44,7 @@ def measure_centre(
                 sums[name] = sums[name] + values.double().sum(0)
             tokens += int(mask.sum())
         means = {name: total / max(1, tokens) for name, total in sums.items()}
-        key = _turned_mean(means["k"], rope, decoder.shape.r3_size) if keys else None
+        key = turned_mean(means["k"], rope, decoder.shape.r3_size) if keys else None
         found.append(_block_centre(means, key, decoder.geometry))
     return found
 
@@ -54,7 +54,7 @@ def key_positions(decoder: FloatDecoder) -> int:
     return min(KEY_POSITIONS, decoder.model.config.max_position_embeddings)
 
 
-def _turned_mean(mean: Tensor, rope: tuple[Tensor, Tensor], r3_size: int) -> Tensor:
+def turned_mean(mean: Tensor, rope: tuple[Tensor, Tensor], r3_size: int) -> Tensor:
     """R3 of a head's mean [H_kv, D] as RoPE turns it, on average over the positions of ``rope``."""
     turned = apply_rope(mean[:, None], *rope)  # [H_kv, positions, D]
     return rotate_last_dim(turned.mean(1).float(), r3_size)

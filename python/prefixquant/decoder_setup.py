@@ -37,7 +37,13 @@ def make_decoder(
     scales = means = None
     if recipe.balance and plan.rotations.r4:
         plain = FloatDecoder(model, plan_rotations(plan.geometry, rotate=False), device=device)
-        scales = measured(measure_balance, plain, norms=plan.rotations.r6, centred=recipe.centred)
+        scales = measured(
+            measure_balance,
+            plain,
+            norms=plan.rotations.r6,
+            centred=recipe.centred,
+            keys=recipe.centred_keys,
+        )
     if recipe.centred:
         uncentred = FloatDecoder(model, plan, device=device, balance=scales)
         means = measured(measure_centre, uncentred, keys=recipe.centred_keys)
