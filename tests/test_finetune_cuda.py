@@ -18,6 +18,7 @@ from prefixquant.finetune import (
     Teacher,
     generate_samples,
 )
+from prefixquant.quantizer import fake_quantize
 from prefixquant.roles import model_geometry
 from prefixquant.rotate import plan_rotations, rotate_last_dim
 from tiny_families import tiny_family
@@ -113,8 +114,7 @@ def test_end_to_end_training_repeats(weights, checkpointing, mix):
     for _ in range(2):
         tuner, _, _ = tuned(setting, config)
         learned = LearnedBlock(block, original, prefix, Learned(weights))
-        head = decoder.head_weight().to("cuda", torch.float32)
-        teacher = Teacher(tuner.floating, head, [prefix])
+        teacher = Teacher.of(tuner.floating, decoder, (3,))
         with torch.no_grad():
             report = EndToEnd(decoder, [learned], ids, teacher, config, 0).run()
         results.append((learned.freeze()[0], report["training_loss"]))
@@ -137,12 +137,21 @@ def test_generated_samples_repeat_and_train(dtype):
     for _ in range(2):
         tuner, _, _ = tuned(setting, CONFIG)
         learned = LearnedBlock(block, original, prefix, Learned(True))
-        head = decoder.head_weight().to("cuda", torch.float32)
-        teacher = Teacher(tuner.floating, head, [prefix])
+        teacher = Teacher.of(tuner.floating, decoder, (3,))
         with torch.no_grad():
             training = EndToEnd(decoder, [learned], ids, teacher, CONFIG, 0, samples)
             losses.append(training.run()["training_loss"])
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (50, 1), (3, 1, 1), (3, 50, 1)])
+def test_training_rounds_as_calibration_does(shape, dtype):
+    x = (torch.randn(3, 50, 640, device="cuda") * 3).to(dtype)
+    scale = torch.rand(shape, device="cuda") + 0.1
+    found = fake_quantize(x.clone().requires_grad_(), scale, 4)
+    assert found.dtype == dtype
+    assert torch.equal(found, fake_quantize(x, scale, 4))
 
 
 @pytest.mark.parametrize("size", [64, 96, 576, 1536])

@@ -89,7 +89,7 @@ def training(config: FinetuneConfig, generated: torch.Tensor | None):
     with torch.no_grad():
         tuner.advance_float(original, setting.prefix[0])
     learned = LearnedBlock(block, original, setting.prefix[0], Learned(True))
-    teacher = Teacher(tuner.floating, setting.decoder.head_weight().float(), setting.prefix)
+    teacher = Teacher.of(tuner.floating, setting.decoder, (3,))
     with torch.no_grad():
         return setting, EndToEnd(
             setting.decoder, [learned], setting.ids, teacher, config, 0, generated

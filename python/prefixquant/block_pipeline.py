@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from prefixquant.block import BlockScales, PrefixKV, block_forward, no_tap
@@ -231,7 +230,7 @@ class BlockPipeline:
             LearnedBlock(block, dataclasses.replace(block.simulated, weights=latents), kv, learned)
             for (block, latents), kv in zip(self._starts, self.prefix, strict=True)
         ]
-        teacher = Teacher(self.tuner.floating, self._head(), self.prefix)
+        teacher = Teacher.of(self.tuner.floating, self.decoder, self.prefix_ids)
         training = EndToEnd(
             self.decoder,
             blocks,
@@ -247,9 +246,6 @@ class BlockPipeline:
             block, prefix = each.freeze()
             finished.append(FinishedBlock(block, prefix, block_report(index, block)))
         return finished, report | {"seconds": time.monotonic() - start}
-
-    def _head(self) -> Tensor:
-        return self.decoder.head_weight().to(self.decoder.device, torch.float32)
 
 
 def _without_floats(block: CalibratedBlock) -> CalibratedBlock:

@@ -77,6 +77,12 @@ class FloatDecoder:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    def stream_only(self) -> "FloatDecoder":
+        """The same model with the same residual stream, from blocks with as little to compute as
+        can be: no rotation but that of the stream, no balance, no means taken out."""
+        plan = self.plan.stream_only
+        return FloatDecoder(self.model, plan, dtype=self.dtype, device=self.device)
+
     def block(self, index: int) -> BlockWeights:
         """The rotated weights of one block, in `dtype` on `device`."""
         wide = block_weights(self._blocks[index], self.roles).to(

@@ -52,29 +52,52 @@ class _StraightThrough(torch.autograd.Function):
         d x_hat / d s = q - v where rint(v) is in range, else q
 
     No factor is put on the scale's gradient: Adam divides by its size anyway. The backward pass
-    computes v again from x, so only x and s are kept.
+    rounds x again, so only x and s are kept.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, bits: int) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.bits = bits
-        return quantize(x, scale, bits).mul_(scale).to(x.dtype)
+        return _rounded(x, scale, bits)[0]
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, scale = ctx.saved_tensors
-        qmin, qmax = qrange(ctx.bits)
-        v = x.float() * (1.0 / scale)
-        rounded = v.round()
-        q = rounded.clamp(qmin, qmax)
-        grad = grad.float()
-        passed = grad * (rounded == q)
-        grad_x = passed.to(x.dtype) if ctx.needs_input_grad[0] else None
+        rounded, inside = _rounded(x.float(), scale, ctx.bits)
+        grad_x = grad * inside if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None
-        grad_scale = q.mul_(grad).sub_(v.mul_(passed)).sum_to_size(scale.shape)
-        return grad_x, grad_scale, None
+        by_scale = rounded.sub_(x * inside).mul_(grad)  # times s
+        return grad_x, by_scale.sum_to_size(scale.shape) / scale, None
+
+
+def _rounded(x: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(``quantize(x) * s`` in the dtype of x, where rint(x/s) is in range): one pass of torch's
+    operations of quantization-aware training for one scale or one a channel."""
+    levels = qrange(bits)
+    if scale.numel() == 1:
+        zero, on = _switches(x.device)
+        return torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
+            x, scale.reshape(1), zero, on, *levels
+        )
+    wide = [dim for dim in range(-scale.dim(), 0) if scale.shape[dim] > 1]
+    if len(wide) == 1 and scale.numel() == x.shape[wide[0]]:
+        channels = scale.reshape(-1).contiguous()
+        zeros = torch.zeros_like(channels)  # floating ones are not read back to be checked
+        return torch.ops.aten.fake_quantize_per_channel_affine_cachemask(
+            x, channels, zeros, x.dim() + wide[0], *levels
+        )
+    steps = (x.float() * (1.0 / scale)).round_()
+    q = steps.clamp(*levels)
+    return (q * scale).to(x.dtype), steps == q
+
+
+@functools.cache
+def _switches(device: torch.device) -> tuple[Tensor, Tensor]:
+    """No zero point, and fake quantization switched on, as torch's operation reads them."""
+    zero = torch.zeros(1, dtype=torch.int32, device=device)
+    return zero, torch.ones(1, dtype=torch.int64, device=device)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ RMSNorm weights are folded into the linears that follow, so that R1 commutes wit
 those of the blocks stay where they are.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -93,6 +93,11 @@ class RotationPlan:
     rotations: Rotations
     geometry: Geometry
     signs: Tensor  # float64 [hidden], +-1
+
+    @property
+    def stream_only(self) -> "RotationPlan":
+        """R1 alone, if it is there: the same residual stream, and blocks that rotate nothing."""
+        return replace(self, rotations=Rotations(self.rotations.r1, False, False, False))
 
     @property
     def r1_size(self) -> int:

@@ -75,11 +75,21 @@ def normed(x: Tensor, eps: float) -> Tensor:
 
 @dataclass
 class Teacher:
-    """What the float model says of the training samples."""
+    """What the float model says of the training samples, and of others."""
 
     hidden: ActivationStore  # its residual stream after the last block
     head: Tensor  # float32 [V, C], the final norm folded in
-    prefix: list[PrefixKV]  # its K/V in every block
+    decoder: FloatDecoder  # gives the same stream
+    prefix: list[PrefixKV]  # in every block of that decoder
+
+    @classmethod
+    def of(
+        cls, hidden: ActivationStore, decoder: FloatDecoder, prefix: tuple[int, ...]
+    ) -> "Teacher":
+        """That of a decoder's model behind the tokens of a prefix."""
+        head = decoder.head_weight().to(decoder.device, torch.float32)
+        plain = decoder.stream_only()
+        return cls(hidden, head, plain, plain.prefix(prefix))
 
 
 class EndToEnd:
@@ -102,7 +112,7 @@ class EndToEnd:
         seed: int,
         generated: Tensor | None = None,
     ):
-        self.decoder, self.samples, self.generated = decoder, samples, generated
+        self.samples, self.generated = samples, generated
         self.shape, self.device, self.eps = decoder.shape, decoder.device, decoder.geometry.eps
         self.blocks, self.teacher, self.config, self.seed = blocks, teacher, config, seed
         self.counted = slice(1 if blocks[0].key_start.shape[1] else 0, None)
@@ -175,11 +185,11 @@ class EndToEnd:
         teacher = self.teacher
         with torch.autocast(self.device.type, enabled=False):
             for rows in batches(0, len(samples)):
-                x = self.decoder.embed(samples[rows])
+                x = teacher.decoder.embed(samples[rows])
                 self.embedded.write(rows, x)
                 teacher.hidden.write(rows, x)
             for index in range(len(self.blocks)):
-                block, prefix = self.decoder.block(index), teacher.prefix[index]
+                block, prefix = teacher.decoder.block(index), teacher.prefix[index]
                 teacher.hidden.advance(
                     partial(self._float_forward, block, prefix), last=len(samples)
                 )
@@ -187,7 +197,7 @@ class EndToEnd:
     def _float_forward(
         self, block: BlockWeights, prefix: PrefixKV, rows: slice, x: Tensor
     ) -> Tensor:
-        return block_forward(block, self.shape, x, self.rope, prefix)
+        return block_forward(block, self.teacher.decoder.shape, x, self.rope, prefix)
 
     def _groups(self) -> list[dict]:
         """The groups of all blocks, those of one rate together."""
