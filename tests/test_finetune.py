@@ -154,7 +154,8 @@ def test_quantizer_gradients_of_16_bit_activations_are_those_of_32():
     for scale in (torch.tensor(0.4), torch.rand(40, 1) + 0.2):
         gradients = []
         for dtype in (torch.float32, torch.bfloat16):
-            leaf, s = x.to(dtype).requires_grad_(), scale.clone().requires_grad_()
+            leaf = x.detach().to(dtype, copy=True).requires_grad_()
+            s = scale.clone().requires_grad_()
             fake_quantize(leaf, s, 4).backward(outer.to(dtype))
             gradients.append((leaf.grad.float(), s.grad))
         (by_x, by_scale), (low_by_x, low_by_scale) = gradients
