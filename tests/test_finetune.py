@@ -26,7 +26,13 @@ from prefixquant.finetune.training import (
     rate_factor,
     train,
 )
-from prefixquant.quantizer import fake_quantize, fake_quantize_dynamic, qrange
+from prefixquant.quantizer import (
+    _rounded,
+    _rounded_at_once,
+    fake_quantize,
+    fake_quantize_dynamic,
+    qrange,
+)
 from prefixquant.roles import model_geometry
 from prefixquant.rotate import plan_rotations
 from tiny_families import tiny_family
@@ -147,6 +153,10 @@ def test_quantizer_gives_the_same_values_with_and_without_gradients(shape, dtype
     found = fake_quantize(x.clone().requires_grad_(), scale, bits)
     assert found.dtype == dtype
     assert torch.equal(found, plain)
+    at_once = _rounded_at_once(x, scale, bits)  # training's way on a GPU
+    assert (at_once is None) == (len(shape) == 3 and shape[1] > 1)
+    if at_once is not None:
+        assert all(map(torch.equal, at_once, _rounded(x, scale, bits)))
 
 
 def test_quantizer_gradients_of_16_bit_activations_are_those_of_32():
