@@ -146,6 +146,13 @@ def as_stored(decoder: FloatDecoder, finished: list[FinishedBlock]) -> Simulated
     )
 
 
+def measured(bench: Workbench, model: Simulated) -> dict:
+    """The model's figures, and its loss on every window: for comparisons window by window."""
+    windows = bench.by_window(model)
+    nll = [round(value, 6) for value in windows[:, 0].tolist()]
+    return {**bench.over_windows(windows), "window_nll": nll}
+
+
 class Measurement:
     """Runs the phases of one setting and measures after each."""
 
@@ -172,14 +179,11 @@ class Measurement:
         return BlockPipeline(self.decoder, recipe, self.ids, samples)
 
     def _row(self, phase: str, seconds: float, finished: list[FinishedBlock]) -> dict:
-        windows = self.bench.by_window(as_stored(self.decoder, finished))
-        measured = self.bench.over_windows(windows)
         return {
             "setting": self.run.scheme,
             "prefix": self.bench.text_of(self.ids),
             "phase": phase,
-            **measured,
-            "window_nll": [round(nll, 6) for nll in windows[:, 0].tolist()],
+            **measured(self.bench, as_stored(self.decoder, finished)),
             "seconds": round(seconds, 1),
             "peak_bytes": peak_memory_bytes(),
         }
@@ -266,9 +270,8 @@ def main() -> None:
     results = Results(arguments, bench)
     measurements = [Measurement(bench, run, arguments) for run in arguments.settings]
     for prefix in dict.fromkeys([bench.search.prefix, *(m.ids for m in measurements)]):
-        measured = bench.measure(bench.float_model(prefix))
-        row = {"setting": "float", "prefix": bench.text_of(prefix), "phase": ""}
-        results.add(row | measured | {"seconds": 0.0})
+        row = {"setting": "float", "prefix": bench.text_of(prefix), "phase": "", "seconds": 0.0}
+        results.add(row | measured(bench, bench.float_model(prefix)))
     for measurement in measurements:
         title = f"{measurement.run.scheme}, {measurement.run.prefix} prefix"
         with progress.stage(title, total=measurement.steps) as advance:
