@@ -202,7 +202,8 @@ class Measurement:
         start = time.monotonic()
         pipeline = self._pipeline(self.recipe)
         finished = [pipeline.run(index, advance) for index in blocks]
-        pipeline.generate_samples(lambda samples: None)
+        if tuning.e2e_generated:
+            pipeline.generate_samples(lambda samples: None)
         seconds = time.monotonic() - start
         if tuning.epochs and "block-ap" in self.phases:
             row = self._row("Block-AP", seconds, finished)

@@ -197,19 +197,17 @@ class BlockPipeline:
             )
 
     def generate_samples(self, advance: Callable[[int], None]) -> None:
-        """Has the float model write what training end to end takes beside the text, if anything;
-        ``advance`` is called with the number of samples that came to be."""
+        """Has the float model write what training end to end takes beside the text; ``advance`` is
+        called with the number of samples that came to be."""
         tuning = self.recipe.finetune
-        if tuning.e2e_generated:
-            text = self.training[: tuning.samples - tuning.validation_samples]
-            self._generated = generate_samples(
-                self.decoder.model,
-                text,
-                self.prefix_ids,
-                tuning.e2e_generated,
-                self.recipe.seed,
-                advance,
-            )
+        self._generated = generate_samples(
+            self.decoder.model,
+            self.training[: tuning.samples - tuning.validation_samples],
+            self.prefix_ids,
+            tuning.e2e_generated,
+            self.recipe.seed,
+            advance,
+        )
 
     def end_to_end(
         self, advance: Callable[[int], None], config: FinetuneConfig | None = None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prefixquant import __version__
 from prefixquant.block import PrefixKV
-from prefixquant.block_pipeline import BlockPipeline, Samples
+from prefixquant.block_pipeline import BlockPipeline, FinishedBlock, Samples
 from prefixquant.calibrate import CalibratedBlock
 from prefixquant.checkpoint_layout import KEY_SHIFT, scale_tensor, shift_tensor
 from prefixquant.config import QuantizationConfig, RecipeConfig
@@ -97,17 +97,10 @@ def quantize(
     report = {"prefix": search.to_dict(tokenizer), "blocks": blocks, "stage_seconds": seconds}
     seconds["quantize_blocks"] = time.monotonic() - start
     if end_to_end:
-        start = time.monotonic()
-        total = recipe.finetune.e2e_generated
-        with progress.stage("generate training samples", total=total) as advance:
-            pipeline.generate_samples(advance)
-        seconds["generate_samples"] = time.monotonic() - start
-        with progress.stage("train end to end", total=end_to_end) as advance:
-            trained, report["end_to_end"] = pipeline.end_to_end(advance)
+        trained, report["end_to_end"] = _train_end_to_end(pipeline, progress, seconds)
         for index, finished in enumerate(trained):
             packer.add_block(index, finished.block, finished.prefix)
             blocks[index] |= finished.report | {"relative_error": blocks[index]["relative_error"]}
-        seconds["train_end_to_end"] = report["end_to_end"]["seconds"]
     packer.add_ends()
 
     quantization = QuantizationConfig(
@@ -128,6 +121,22 @@ def quantize(
         centred_keys=recipe.centred_keys,
     )
     return QuantizedModel(packer.tensors, quantization, report)
+
+
+def _train_end_to_end(
+    pipeline: BlockPipeline, progress: Progress, seconds: dict[str, float]
+) -> tuple[list[FinishedBlock], dict[str, Any]]:
+    """The trained blocks and the report of it, the float model's own samples made before."""
+    tuning = pipeline.recipe.finetune
+    if tuning.e2e_generated:
+        start = time.monotonic()
+        with progress.stage("generate samples", total=tuning.e2e_generated) as advance:
+            pipeline.generate_samples(advance)
+        seconds["generate_samples"] = time.monotonic() - start
+    with progress.stage("train end to end", total=tuning.e2e_epochs) as advance:
+        trained, report = pipeline.end_to_end(advance)
+    seconds["train_end_to_end"] = report["seconds"]
+    return trained, report
 
 
 def find_prefix(
