@@ -116,6 +116,15 @@ def test_every_epoch_trains_on_other_generated_samples():
         assert samples[samples > 84].sort().values.view(8, 24)[:, 0].tolist() == expected
 
 
+def test_one_sample_to_train_on_stays_that_of_the_text():
+    config = dataclasses.replace(CONFIG, e2e_epochs=1, validation_samples=19)
+    setting, end_to_end = training(config, torch.full((3, 24), 5))
+    placed = []
+    end_to_end._place = lambda samples: placed.append(samples.clone())
+    end_to_end.run()
+    assert placed[0].sort().values.tolist() == setting.ids[:1].sort().values.tolist()
+
+
 def test_a_wrong_number_is_named():
     with pytest.raises(UserError, match="e2e_generated: expected at least 0, got -1"):
         FinetuneConfig(e2e_generated=-1)

@@ -174,7 +174,7 @@ class EndToEnd:
         if self.generated is not None:
             half = len(samples) // 2
             turn = torch.arange(epoch * half, (epoch + 1) * half) % len(self.generated)
-            samples[-half:] = self.generated[turn].to(samples.device)
+            samples[len(samples) - half :] = self.generated[turn].to(samples.device)
             samples = samples[torch.randperm(len(samples), generator=generator)]
         start = int(torch.randint(samples.shape[1], (), generator=generator))
         self._place(samples.flatten().roll(-start).view_as(samples))
