@@ -83,6 +83,20 @@ class Setting:
         with torch.no_grad():
             return BlockTuner(self.decoder, self.ids, self.counted(1), config, seed=7)
 
+    def end_to_end(
+        self, config: FinetuneConfig, learned: Learned, generated: torch.Tensor | None = None
+    ) -> tuple[EndToEnd, LearnedBlock]:
+        """Training end to end of the first block alone, with what it trains."""
+        tuner = self.tuner(config)
+        original, block = self.calibrated(0)
+        with torch.no_grad():
+            tuner.advance_float(original, self.prefix[0])
+        trained = LearnedBlock(block, original, self.prefix[0], learned)
+        teacher = Teacher.of(tuner.floating, self.decoder, (3,))
+        with torch.no_grad():
+            training = EndToEnd(self.decoder, [trained], self.ids, teacher, config, 0, generated)
+        return training, trained
+
 
 def same_block(a, b) -> bool:
     scales = [(a.scales.k, b.scales.k), (a.scales.v, b.scales.v)]
@@ -474,14 +488,9 @@ def test_a_running_mean_is_validated_and_kept_while_training_goes_on():
 def test_mixed_samples_are_the_same_tokens_in_other_contexts():
     setting = Setting()
     config = dataclasses.replace(CONFIG, e2e_mix=True, e2e_epochs=2)
-    tuner = setting.tuner(config)
-    original, block = setting.calibrated(0)
+    training, _ = setting.end_to_end(config, Learned(True))
+    teacher = training.teacher
     with torch.no_grad():
-        tuner.advance_float(original, setting.prefix[0])
-    learned = LearnedBlock(block, original, setting.prefix[0], Learned(True))
-    teacher = Teacher.of(tuner.floating, setting.decoder, (3,))
-    with torch.no_grad():
-        training = EndToEnd(setting.decoder, [learned], setting.ids, teacher, config, 0)
         embedded, said = training.embedded.values.clone(), teacher.hidden.values.clone()
         training._mix(torch.Generator().manual_seed(1), 0)
     held_out = slice(16, None)
@@ -495,8 +504,13 @@ def test_mixed_samples_are_the_same_tokens_in_other_contexts():
     kept = [(*a, *b) in pairs for a, b in pairwise(mixed.tolist())]
     assert sum(kept) >= len(kept) - 16
     x = training.embedded.read(slice(0, 4))
-    expected = block_forward(original, setting.decoder.shape, x, training.rope, setting.prefix[0])
-    torch.testing.assert_close(teacher.hidden.read(slice(0, 4)), expected, rtol=0, atol=2e-5)
+    found = teacher.hidden.read(slice(0, 4))
+    for decoder, prefix, atol in (
+        (teacher.decoder, teacher.prefix[0], 0),
+        (setting.decoder, setting.prefix[0], 2e-5),  # the same function, rotated inside
+    ):
+        expected = block_forward(decoder.block(0), decoder.shape, x, training.rope, prefix)
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
     training.run()
     assert torch.equal(training.embedded.values, embedded)
     torch.testing.assert_close(teacher.hidden.values, said)
@@ -507,14 +521,8 @@ def test_checkpointing_changes_no_bit():
     for checkpointing in (False, True):
         setting = Setting()
         config = dataclasses.replace(CONFIG, checkpointing=checkpointing)
-        tuner = setting.tuner(config)
-        original, block = setting.calibrated(0)
-        with torch.no_grad():
-            tuner.advance_float(original, setting.prefix[0])
-        learned = LearnedBlock(block, original, setting.prefix[0], Learned(True, True, True))
-        teacher = Teacher.of(tuner.floating, setting.decoder, (3,))
-        with torch.no_grad():
-            EndToEnd(setting.decoder, [learned], setting.ids, teacher, config, 0).run()
+        training, learned = setting.end_to_end(config, Learned(True, True, True))
+        training.run()
         results.append(learned.freeze()[0])
     assert same_block(*results)
 

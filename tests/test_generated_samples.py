@@ -7,7 +7,7 @@ import pytest
 import torch
 from prefixquant.config import FinetuneConfig, RecipeConfig, Scheme
 from prefixquant.errors import UserError
-from prefixquant.finetune import EndToEnd, Learned, LearnedBlock, Teacher, generate_samples
+from prefixquant.finetune import EndToEnd, Learned, generate_samples
 from prefixquant.quantize import quantize
 from test_finetune import CONFIG, Setting
 from tiny_families import FAMILIES, tiny_family
@@ -82,18 +82,9 @@ def test_progress_counts_every_sample(monkeypatch):
     assert sum(told) == 3
 
 
-def training(config: FinetuneConfig, generated: torch.Tensor | None):
+def training(config: FinetuneConfig, generated: torch.Tensor) -> tuple[Setting, EndToEnd]:
     setting = Setting()
-    tuner = setting.tuner(config)
-    original, block = setting.calibrated(0)
-    with torch.no_grad():
-        tuner.advance_float(original, setting.prefix[0])
-    learned = LearnedBlock(block, original, setting.prefix[0], Learned(True))
-    teacher = Teacher.of(tuner.floating, setting.decoder, (3,))
-    with torch.no_grad():
-        return setting, EndToEnd(
-            setting.decoder, [learned], setting.ids, teacher, config, 0, generated
-        )
+    return setting, setting.end_to_end(config, Learned(True), generated)[0]
 
 
 def test_every_epoch_trains_on_other_generated_samples():
