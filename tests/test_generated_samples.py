@@ -11,6 +11,7 @@ from prefixquant.finetune import EndToEnd, Learned, generate_samples
 from prefixquant.quantize import quantize
 from test_finetune import CONFIG, Setting
 from tiny_families import FAMILIES, tiny_family
+from tiny_model import byte_tokenizer
 
 TEXT = torch.randint(2, 97, (6, 300), generator=torch.Generator().manual_seed(3))
 
@@ -122,22 +123,16 @@ def test_a_wrong_number_is_named():
 
 
 def test_quantize_writes_samples_and_trains_on_them():
-    class Tokenizer:
-        bos_token_id = 0
-
-        def decode(self, ids, **options):
-            return str(ids)
-
     tuning = FinetuneConfig(e2e_epochs=1, samples=12, seqlen=32, validation_samples=4, e2e_mix=True)
     recipe = RecipeConfig(
-        Scheme(4, 8, 8), prefix="bos", nsamples=2, seqlen=16, search_samples=4, search_seqlen=16
+        Scheme(4, 8, 8), prefix="text:ab", nsamples=2, seqlen=16, search_samples=4, search_seqlen=16
     )
     calibration = torch.randint(2, 97, (800,), generator=torch.Generator().manual_seed(1))
 
     def run(generated: int):
         finetune = dataclasses.replace(tuning, e2e_generated=generated)
         changed = dataclasses.replace(recipe, finetune=finetune)
-        return quantize(tiny_family("llama"), Tokenizer(), changed, calibration)
+        return quantize(tiny_family("llama"), byte_tokenizer(), changed, calibration)
 
     first, again, without = run(6), run(6), run(0)
     assert first.report["stage_seconds"]["generate_samples"] > 0
