@@ -58,6 +58,17 @@ def tuned(setting, config: FinetuneConfig):
     return tuner, first, report
 
 
+def trained_end_to_end(setting, config: FinetuneConfig, learned: Learned, generated=None):
+    """(the block, the training losses) of training end to end, that block alone."""
+    decoder, ids, prefix, original, block = setting
+    tuner, _, _ = tuned(setting, config)
+    trained = LearnedBlock(block, original, prefix, learned)
+    teacher = Teacher.of(tuner.floating, decoder, (3,))
+    with torch.no_grad():
+        report = EndToEnd(decoder, [trained], ids, teacher, config, 0, generated).run()
+    return trained.freeze()[0], report["training_loss"]
+
+
 def same(a, b) -> bool:
     return all(
         torch.equal(w.q, b.weights[r].q) and torch.equal(w.scale, b.weights[r].scale)
@@ -105,26 +116,22 @@ def test_a_model_on_the_host_gives_the_same_block():
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("mix", [True, False])
 def test_end_to_end_training_repeats(weights, checkpointing, mix):
-    decoder, ids, prefix, original, block = setting = calibrated()
+    setting = calibrated()
     average = 0.9 if mix else 0.0
     config = dataclasses.replace(
         CONFIG, checkpointing=checkpointing, e2e_mix=mix, e2e_average=average
     )
     results = []
     for _ in range(2):
-        tuner, _, _ = tuned(setting, config)
-        learned = LearnedBlock(block, original, prefix, Learned(weights))
-        teacher = Teacher.of(tuner.floating, decoder, (3,))
-        with torch.no_grad():
-            report = EndToEnd(decoder, [learned], ids, teacher, config, 0).run()
-        results.append((learned.freeze()[0], report["training_loss"]))
+        results.append(trained_end_to_end(setting, config, Learned(weights)))
     assert same(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_generated_samples_repeat_and_train(dtype):
-    decoder, ids, prefix, original, block = setting = calibrated()
+    setting = calibrated()
+    ids = setting[1]
     model = tiny_family("llama").to("cuda", dtype)
     before = torch.cuda.get_rng_state()
     samples = generate_samples(model, ids[:16], (3,), 24, 0)
@@ -133,14 +140,7 @@ def test_generated_samples_repeat_and_train(dtype):
     assert samples.device.type == "cpu"
     assert ((samples > 1) & (samples < 97)).sum() > 0.8 * samples.numel()  # 12 of 24 are ids
     assert model.dtype == dtype
-    losses = []
-    for _ in range(2):
-        tuner, _, _ = tuned(setting, CONFIG)
-        learned = LearnedBlock(block, original, prefix, Learned(True))
-        teacher = Teacher.of(tuner.floating, decoder, (3,))
-        with torch.no_grad():
-            training = EndToEnd(decoder, [learned], ids, teacher, CONFIG, 0, samples)
-            losses.append(training.run()["training_loss"])
+    losses = [trained_end_to_end(setting, CONFIG, Learned(True), samples)[1] for _ in range(2)]
     assert losses[0] == losses[1]
 
 
