@@ -41,6 +41,7 @@ PYBIND11_MODULE(_C, m) {
         arg("bias"), arg("y"), nogil);
   m.def("quantize_static", &pq::quantize_static, arg("x"), arg("scale"), arg("bits"), arg("q"),
         nogil);
+  m.def("compand", &pq::compand, arg("q"), nogil);
   m.def("quantize_dynamic", &pq::quantize_dynamic, arg("x"), arg("bits"), arg("clip"), arg("q"),
         arg("scale"), nogil);
   m.def("rmsnorm", &pq::rmsnorm, arg("x"), arg("weight"), arg("eps"), arg("y"), nogil);

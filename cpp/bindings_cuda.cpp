@@ -56,6 +56,7 @@ void bind_cuda(py::module_& m) {
 
   m.def("quantize_static_cuda", &pq::quantize_static_cuda, arg("x"), arg("scale"), arg("bits"),
         arg("q"), arg("stream"), nogil);
+  m.def("compand_cuda", &pq::compand_cuda, arg("q"), arg("stream"), nogil);
   m.def("quantize_dynamic_cuda", &pq::quantize_dynamic_cuda, arg("x"), arg("bits"), arg("clip"),
         arg("q"), arg("scale"), arg("stream"), nogil);
   m.def("rmsnorm_cuda", &pq::rmsnorm_cuda, arg("x"), arg("weight"), arg("eps"), arg("y"),

@@ -26,6 +26,9 @@ void gemm_w8(const TensorView& x, const TensorView& weight, const TensorView& we
 void quantize_static(const TensorView& x, const TensorView& scale, int64_t bits,
                      const TensorView& q);
 
+// compand.cpp
+void compand(const TensorView& q);
+
 // quantize_dynamic.cpp
 void quantize_dynamic(const TensorView& x, int64_t bits, double clip, const TensorView& q,
                       const TensorView& scale);

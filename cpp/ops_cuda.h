@@ -86,6 +86,9 @@ void kv_quantize_cuda(const std::string& op, const TensorView& x, const TensorVi
 // y [B, H, T, D] of any strides from the first T rows of each sequence; bits 16 copies.
 void kv_dequantize_cuda(const TensorView& q, const OptionalTensor& scale, int64_t bits,
                         const OptionalTensor& block_table, const TensorView& y, uintptr_t stream);
+// compand_cuda.cpp
+void compand_cuda(const TensorView& q, uintptr_t stream);
+
 // rmsnorm_quant_cuda.cpp: as the functions of ops.h without `_cuda`, and the stream.
 void quantize_static_cuda(const TensorView& x, const TensorView& scale, int64_t bits,
                           const TensorView& q, uintptr_t stream);

@@ -2,6 +2,7 @@
 """The quantized operations, each registered as ``torch.ops.prefixquant.<name>``."""
 
 from prefixquant import _C
+from prefixquant.ops.compand import compand_
 from prefixquant.ops.gemm import (
     gemm_w4a4,
     gemm_w4a8,
@@ -37,6 +38,7 @@ from prefixquant.ops.rope_kv_append import rope_kv_append
 
 __all__ = [
     "add_rmsnorm_quantize",
+    "compand_",
     "gemm_fused",
     "gemm_w4a4",
     "gemm_w4a8",
