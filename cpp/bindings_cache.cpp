@@ -28,14 +28,14 @@ pq::AttentionTensors attention(const Attention& t) {
           std::get<5>(t), std::get<6>(t), std::get<7>(t), std::get<8>(t)};
 }
 
-pq::DecoderStep decoder_step(const std::array<int64_t, 8>& sizes, double eps, double scaling,
-                             const pq::TensorView& cos, const pq::TensorView& sin,
+pq::DecoderStep decoder_step(const std::array<int64_t, 8>& sizes, bool companded, double eps,
+                             double scaling, const pq::TensorView& cos, const pq::TensorView& sin,
                              const pq::OptionalTensor& rotation_signs, int64_t rotation_size,
                              const pq::OptionalTensor& mlp_signs, int64_t mlp_size,
                              const pq::OptionalTensor& attention_signs, int64_t attention_size,
                              const pq::OptionalTensor& norm_signs, int64_t norm_size) {
-  const pq::DecoderSizes all{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
-                             sizes[5], sizes[6], sizes[7], eps,      scaling};
+  const pq::DecoderSizes all{sizes[0], sizes[1],  sizes[2], sizes[3], sizes[4], sizes[5],
+                             sizes[6], companded, sizes[7], eps,      scaling};
   return {all,
           cos,
           sin,
@@ -71,8 +71,8 @@ void bind_cache(py::module_& m) {
 
   // sizes: hidden, intermediate, heads, kv_heads, head_dim, bits of weights, activations and K/V
   py::class_<pq::DecoderStep>(m, "DecoderStep")
-      .def(py::init(&decoder_step), arg("sizes"), arg("eps"), arg("scaling"), arg("cos"),
-           arg("sin"), arg("rotation_signs"), arg("rotation_size"), arg("mlp_signs"),
+      .def(py::init(&decoder_step), arg("sizes"), arg("companded"), arg("eps"), arg("scaling"),
+           arg("cos"), arg("sin"), arg("rotation_signs"), arg("rotation_size"), arg("mlp_signs"),
            arg("mlp_size"), arg("attention_signs"), arg("attention_size"), arg("norm_signs"),
            arg("norm_size"))
       .def("add_block", &add_block, arg("input_norm"), arg("input_shift"), arg("qkv"),

@@ -16,6 +16,7 @@ using HadamardKernel = void(const HadamardRows&, int64_t row_begin, int64_t row_
 using GemmShare = OutputRange(const GemmParams&, int64_t id, int64_t team);
 using RopeHead = void(const RopeKvRows&, int64_t row, int64_t kv_head, float* scratch);
 using AttentionTask = void(const KvAttentionParams&, int64_t task);
+using CompandKernel = void(int8_t* q, int64_t begin, int64_t end);
 PQ_KERNEL_TABLE(RmsnormKernel, rmsnorm_rows);
 PQ_KERNEL_TABLE(RmsnormHadamardKernel, rmsnorm_hadamard_rows);
 PQ_KERNEL_TABLE(HadamardKernel, hadamard_rows);
@@ -23,6 +24,7 @@ PQ_KERNEL_TABLE(GemmShare, gemm_w4_share);
 PQ_KERNEL_TABLE(GemmShare, gemm_w8_share);
 PQ_KERNEL_TABLE(RopeHead, rope_kv_append_head);
 PQ_KERNEL_TABLE(AttentionTask, kv_attention_task);
+PQ_KERNEL_TABLE(CompandKernel, compand_levels);
 
 namespace {
 
@@ -71,15 +73,20 @@ class DecoderStep::Worker {
 #pragma omp barrier
   }
 
-  // Runs make(row_begin, row_end, int8 output of row 0) so that this thread sees all rows.
+  // Runs make(row_begin, row_end, int8 output of row 0), rows of `width`, so that this thread sees
+  // all rows; compands them where the model's activations are.
   template <typename Make>
-  const int8_t* quantized_rows(Make&& make) {
+  const int8_t* quantized_rows(int64_t width, Make&& make) {
+    const auto rows = [&](int64_t begin, int64_t end, int8_t* x) {
+      make(begin, end, x);
+      if (step_.sizes_.companded) compand_levels_table.pick()(x, begin * width, end * width);
+    };
     if (rows_ <= kOwnRows || team_ == 1) {
       int8_t* x = rows_ <= kOwnRows ? own_x_ : step_.x_.data();
-      make(int64_t{0}, rows_, x);
+      rows(0, rows_, x);
       return x;
     }
-    make(rows_ * id_ / team_, rows_ * (id_ + 1) / team_, step_.x_.data());
+    rows(rows_ * id_ / team_, rows_ * (id_ + 1) / team_, step_.x_.data());
     barrier();
     return step_.x_.data();
   }
@@ -102,7 +109,7 @@ class DecoderStep::Worker {
     if (step_.norm_rotation_.block > 1) return normalize_rotated(norm, next);
     auto p = norm_rows<RmsnormRows>(norm, next);
     p.output = RowOutput::kInt8;
-    return quantized_rows([&](int64_t begin, int64_t end, int8_t* x) {
+    return quantized_rows(p.cols, [&](int64_t begin, int64_t end, int8_t* x) {
       p.y = x;
       rmsnorm_rows_table.pick()(p, begin, end, scratch_);
     });
@@ -112,13 +119,13 @@ class DecoderStep::Worker {
   const int8_t* normalize_rotated(const NormPlan& norm, const LinearPlan& next) {
     auto p = norm_rows<RmsnormHadamardRows>(norm, next);
     p.hadamard = step_.norm_rotation_;
-    return quantized_rows([&](int64_t begin, int64_t end, int8_t* x) {
+    return quantized_rows(p.cols, [&](int64_t begin, int64_t end, int8_t* x) {
       p.q = x;
       rmsnorm_hadamard_rows_table.pick()(p, begin, end, scratch_);
     });
   }
 
-  // What the o projection reads: what attention left, or R5 of it.
+  // What the o projection reads: the levels that attention left, or those of R5 of its output.
   const int8_t* attended(const Block& b) {
     if (b.attention.output_quantized) return step_.attended_levels_.data();
     HadamardRows p{};
@@ -128,7 +135,7 @@ class DecoderStep::Worker {
     p.quantized = true;
     p.hadamard = step_.attention_rotation_;
     p.quantizer = b.o.input;
-    return quantized_rows([&](int64_t begin, int64_t end, int8_t* x) {
+    return quantized_rows(p.cols, [&](int64_t begin, int64_t end, int8_t* x) {
       p.y = x;
       hadamard_rows_table.pick()(p, begin, end, scratch_);
     });
@@ -145,7 +152,7 @@ class DecoderStep::Worker {
     p.cols = width;
     p.hadamard = step_.mlp_rotation_;
     p.quantizer = b.down.input;
-    return quantized_rows([&](int64_t begin, int64_t end, int8_t* x) {
+    return quantized_rows(p.cols, [&](int64_t begin, int64_t end, int8_t* x) {
       p.y = x;
       hadamard_rows_table.pick()(p, begin, end, scratch_);
     });

@@ -29,6 +29,7 @@ struct DecoderSizes {
   int64_t head_dim;
   int64_t weight_bits;      // 4 or 8
   int64_t activation_bits;  // 4 or 8
+  bool companded;           // 8-bit activations to the levels of compand
   int64_t kv_bits;          // 4, 8 or 16
   double eps;
   double scaling;  // of the attention logits
@@ -117,7 +118,7 @@ class DecoderStep {
   std::vector<Block> blocks_;
   // Shared by the threads of a run, each for kMaxRows rows.
   std::vector<float> qkv_, q_, y_, gate_up_, attended_;
-  std::vector<int8_t> x_, attended_levels_;  // attended_levels_ without R5, attended_ with it
+  std::vector<int8_t> x_, attended_levels_;  // attended_ with R5 or companded, or attended_levels_
 };
 
 }  // namespace prefixquant

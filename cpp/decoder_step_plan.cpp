@@ -49,6 +49,8 @@ DecoderStep::DecoderStep(const DecoderSizes& sizes, const TensorView& cos, const
   for (int64_t bits : {sizes.weight_bits, sizes.activation_bits}) {
     PQ_CHECK(kOp, bits == 4 || bits == 8, "bits: expected 4 or 8, got ", bits);
   }
+  PQ_CHECK(kOp, !sizes.companded || sizes.activation_bits == 8,
+           "companded: expected activations in 8 bits, got ", sizes.activation_bits);
   PQ_CHECK(kOp, sizes.hidden % 2 == 0 && sizes.intermediate % 2 == 0 && sizes.head_dim % 2 == 0,
            "sizes: expected even sizes");
   check_table(check, cos, "cos", sizes.head_dim);
@@ -71,7 +73,7 @@ DecoderStep::DecoderStep(const DecoderSizes& sizes, const TensorView& cos, const
   y_.resize(kMaxRows * sizes.hidden);
   gate_up_.resize(kMaxRows * 2 * sizes.intermediate);
   x_.resize(kMaxRows * std::max({sizes.hidden, sizes.intermediate, attended}));
-  if (attention.size > 1) {
+  if (attention.size > 1 || sizes.companded) {
     attended_.resize(kMaxRows * attended);
   } else {
     attended_levels_.resize(kMaxRows * attended);

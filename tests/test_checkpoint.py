@@ -506,6 +506,8 @@ def test_garbage_weights(checkpoint, content, message):
         ("quantization_config__centred", True, "bias is missing"),
         ("quantization_config__centred", 1, "centred expected true"),
         ("quantization_config__centred", "no", "centred expected true"),
+        ("quantization_config__companded", 1, "companded expected true"),
+        ("quantization_config__companded", "yes", "companded expected true"),
         ("quantization_config__activation_bits", 16, "input_scale' does not belong"),
         ("quantization_config__rotations", 7, "rotations expected an object"),
         ("quantization_config__rotations__r4_block_size", 5, "r4_block_size expected a divisor"),

@@ -76,7 +76,7 @@ def check(decoder, lengths, places=None):
         assert_bits_equal(other, one)
 
 
-@pytest.mark.parametrize("scheme", ["w4a4kv4", "w4a8kv8", "w8a8kv16"])
+@pytest.mark.parametrize("scheme", ["w4a4kv4", "w4a4ckv4", "w4a8kv8", "w8a8kv16"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_equals_the_operations(isa, family, scheme):
     decoder = make_decoder(scheme, model_type=family)
@@ -111,9 +111,10 @@ def test_places_that_are_not_used(isa):
     check(make_decoder(), LENGTHS[:3], places=8)
 
 
+@pytest.mark.parametrize("scheme", ["w4a4kv4", "w4a4ckv4"])
 @pytest.mark.parametrize("size", [1, 16, 24])
-def test_blocks_of_r5(isa, size):
-    decoder = make_decoder(num_attention_heads=6, head_dim=16)
+def test_blocks_of_r5(isa, size, scheme):
+    decoder = make_decoder(scheme, num_attention_heads=6, head_dim=16)
     whole = decoder.weights.attention_rotation
     assert whole.size == 96
     decoder.weights = replace(decoder.weights, attention_rotation=rotation(size, CPU))
@@ -274,7 +275,14 @@ def block_arguments():
 def new_step(**changes):
     cos = torch.zeros(9, 16)
     sizes = [48, 80, 6, 2, 16, 4, 4, 4]
-    defaults = {"sizes": sizes, "eps": 1e-5, "scaling": 0.25, "cos": cos, "sin": cos}
+    defaults = {
+        "sizes": sizes,
+        "companded": False,
+        "eps": 1e-5,
+        "scaling": 0.25,
+        "cos": cos,
+        "sin": cos,
+    }
     rotations = {"rotation_signs": None, "rotation_size": 16, "mlp_signs": None, "mlp_size": 16}
     rotations |= {"attention_signs": None, "attention_size": 16, "norm_signs": None, "norm_size": 1}
     return _C.DecoderStep(**{**defaults, **rotations, **changes})
@@ -323,6 +331,7 @@ def test_wrong_tensor_of_a_block_is_named(part, index, value, named):
         ("norm_size", 0),
         ("sizes", [48, 80, 5, 2, 16, 4, 4, 4]),
         ("sizes", [48, 80, 6, 2, 16, 5, 4, 4]),
+        ("companded", True),
     ],
 )
 def test_wrong_size_is_named(name, value):

@@ -218,7 +218,9 @@ def test_dynamic_quantization_is_the_operation_with_a_learnable_clip():
 # ---------------------------------------------------------------------------- learned block
 
 
-@pytest.mark.parametrize("scheme", ["w4a4kv4", "w4a8kv8", "w8a8kv16", "w4a16kv4", "w4a4dkv4d"])
+@pytest.mark.parametrize(
+    "scheme", ["w4a4kv4", "w4a8kv8", "w8a8kv16", "w4a16kv4", "w4a4dkv4d", "w4a4ckv4"]
+)
 @pytest.mark.parametrize("weights", [True, False])
 def test_a_learned_block_starts_as_it_was_calibrated(scheme, weights):
     setting = Setting("qwen3", scheme)

@@ -21,7 +21,7 @@ from prefixquant.workflow import hf_config_dict
 from tiny_families import FAMILIES, tiny_family
 from tiny_model import byte_tokenizer
 
-SCHEMES = ("w4a4kv4", "w4a8kv8", "w8a8kv16", "w4a16kv4")
+SCHEMES = ("w4a4kv4", "w4a4ckv4", "w4a8kv8", "w8a8kv16", "w4a16kv4")
 
 
 def recipe(scheme: str, prefix: str = "text:ab", **options) -> RecipeConfig:

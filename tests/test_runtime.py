@@ -74,7 +74,7 @@ def endless(folder, **arguments):
     return loaded
 
 
-@pytest.mark.parametrize("scheme", ["w4a4kv4", "w4a8kv8", "w8a8kv16"])
+@pytest.mark.parametrize("scheme", ["w4a4kv4", "w4a4ckv4", "w4a8kv8", "w8a8kv16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_tokens_as_transformers(family, scheme, tmp_path):
     save(tmp_path / "q", tiny_family(family), scheme)

@@ -22,7 +22,8 @@ class PointErrors:
     """Errors of one recipe: point -> figures, means over the blocks.
 
     - ``static``, ``dynamic``: ``|(Q(x) - x) W^T|^2 / |x W^T|^2`` in percent, W the float weights
-      that read the point, with the scale (or clip) that is searched for it;
+      that read the point, with the scale (or clip) that is searched for it; ``static, companded``
+      and ``dynamic, companded``: the same with companded levels;
     - ``spread``: the standard deviation of the tokens' norms over their mean.
     """
 
@@ -56,9 +57,11 @@ def _figures(x: Tensor, weights: list[Tensor]) -> dict[str, float]:
     readers = torch.cat(weights)
     size = (x @ readers.T).square().sum()
     errors = {}
-    for mode, quantizer in (("static", fake_quantize), ("dynamic", fake_quantize_dynamic)):
-        scale = search_activation_scale(x, weights, _BITS, mode)
-        delta = quantizer(x, scale, _BITS) - x
-        errors[mode] = (100 * (delta @ readers.T).square().sum() / size).item()
+    for companded in (False, True):
+        for mode, quantizer in (("static", fake_quantize), ("dynamic", fake_quantize_dynamic)):
+            scale = search_activation_scale(x, weights, _BITS, mode, companded)
+            delta = quantizer(x, scale, _BITS, companded) - x
+            name = f"{mode}, companded" if companded else mode
+            errors[name] = (100 * (delta @ readers.T).square().sum() / size).item()
     norms = x.norm(dim=-1)
     return {**errors, "spread": (norms.std() / norms.mean()).item()}

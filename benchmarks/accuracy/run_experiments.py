@@ -47,8 +47,8 @@ def without_search():
     def head_scales(x, metric, bits, mode):
         return quantizer.minmax_scale(x.abs().amax(dim=(1, 2)), bits)
 
-    def activation_scale(x, weights, bits, mode):
-        return quantizer.minmax_scale(x.abs().max(), bits)
+    def activation_scale(x, weights, bits, mode, companded):
+        return quantizer.minmax_scale(x.abs().max(), bits, companded)
 
     def round_to_nearest(weight, bits):
         scale = quantizer.minmax_scale(weight.abs().amax(dim=1), bits)
@@ -120,6 +120,18 @@ def dynamic(bench: Workbench) -> Iterator[Row]:
                     f"W4A4KV4 {mode}, {name}", scheme, prefix=prefix, compensation=strength
                 )
                 yield _measured(bench, setting, compensation=strength)
+
+
+def companded(bench: Workbench) -> Iterator[Row]:
+    """Even and companded levels of 4-bit activations, static and dynamic."""
+    by_paper = paper_prefix(bench.search.steps[0], bench.search.bos)
+    for levels, mark in (("even", ""), ("companded", "c")):
+        for mode, scheme, name, prefix in (
+            ("static", f"w4a4{mark}kv4", "paper's prefix", by_paper),
+            ("dynamic", f"w4a4{mark}dkv4d", "no prefix", ()),
+        ):
+            setting = Setting(f"W4A4KV4 {mode}, {name}", scheme, prefix=prefix)
+            yield _measured(bench, setting, levels=levels)
 
 
 def float_prefix(bench: Workbench) -> Iterator[Row]:
@@ -248,6 +260,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "components": components,
     "schemes": schemes,
     "dynamic": dynamic,
+    "companded": companded,
     "solvers": solvers,
     "compensation": compensation,
     "calibration-text": calibration_text,
@@ -263,7 +276,8 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 
 def rounded(row: dict) -> dict:
-    digits = {"ppl": 2, "kl": 4, "top1": 3, "static": 2, "dynamic": 2, "spread": 2}
+    digits = {"ppl": 2, "kl": 4, "top1": 3, "spread": 2}
+    digits |= {f"{m}{c}": 2 for m in ("static", "dynamic") for c in ("", ", companded")}
     return {key: round(v, digits[key]) if key in digits else v for key, v in row.items()}
 
 

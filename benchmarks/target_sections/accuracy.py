@@ -75,29 +75,56 @@ def calibrated(folder: Path) -> Iterator[Target]:
         yield Target(tag, bar, min(found, default=None), "", at_most=True)
 
 
+# levels of the activations -> settings of run_finetune.py: static, dynamic
+_LEVELS = {"even": ("W4A4KV4", "W4A4DKV4D"), "companded": ("W4A4CKV4", "W4A4CDKV4D")}
+# (static?, behind a prefix?) -> the best perplexity
+Best = dict[tuple[bool, bool], float]
+
+
+def _by_calibration(folder: Path) -> dict[str, Best]:
+    """By levels: of all that run_experiments.py measured."""
+    found: dict[str, Best] = {levels: {} for levels in _LEVELS}
+    for name in ("dynamic", "companded"):
+        for _, result in load(folder, f"smollm2-135m-instruct-{name}"):
+            for row in (dict(zip(result["columns"], r, strict=True)) for r in result["rows"]):
+                best = found[row.get("levels", "even")]
+                key = " static," in row["setting"], "no prefix" not in row["setting"]
+                best[key] = min(row["ppl"], best.get(key, row["ppl"]))
+    return found
+
+
+def _of_all(folder: Path) -> dict[str, Best]:
+    """By levels: fine-tuning included."""
+    found = _by_calibration(folder)
+    for (setting, text), value in fine_tuned(folder).items():
+        for levels, pair in _LEVELS.items():
+            if setting in pair:
+                key = setting == pair[0], text != "none"
+                found[levels][key] = min(value, found[levels].get(key, value))
+    return found
+
+
 def static_over_dynamic(folder: Path) -> Iterator[Target]:
     """The best perplexity of dynamic scales over that of static ones behind a prefix: of all that
-    was measured, fine-tuning included, and of calibration alone."""
-    # (static?, behind a prefix?) -> the best perplexity
-    by_calibration: dict[tuple[bool, bool], float] = {}
-    for _, result in load(folder, "smollm2-135m-instruct-dynamic"):
-        for row in (dict(zip(result["columns"], r, strict=True)) for r in result["rows"]):
-            key = " static," in row["setting"], "no prefix" not in row["setting"]
-            by_calibration[key] = min(row["ppl"], by_calibration.get(key, row["ppl"]))
-    best = dict(by_calibration)
-    for (setting, text), value in fine_tuned(folder).items():
-        if setting in ("W4A4KV4", "W4A4DKV4D"):
-            key = setting == "W4A4KV4", text != "none"
-            best[key] = min(value, best.get(key, value))
+    was measured, and of calibration alone. Of both, the better levels count, among those that were
+    measured with both."""
 
-    def ratio(found: dict[tuple[bool, bool], float], prefix: bool) -> float | None:
-        static, dynamic = found.get((True, True)), found.get((False, prefix))
-        return dynamic / static if static and dynamic else None
+    def ratio(found: dict[str, Best], prefix: bool) -> float | None:
+        pairs = [
+            (best[True, True], best[False, prefix])
+            for best in found.values()
+            if {(True, True), (False, prefix)} <= set(best)
+        ]
+        if not pairs:
+            return None
+        static, dynamic = (min(ppl) for ppl in zip(*pairs, strict=True))
+        return dynamic / static
 
+    measured, calibrated_alone = _of_all(folder), _by_calibration(folder)
     for prefix, name in ((False, "no prefix"), (True, "prefix")):
         what = f"W4A4KV4: perplexity of dynamic, {name}, over static, prefix"
-        yield Target(f"{what}; the best of each", 1.0, ratio(best, prefix), decides=not prefix)
-        alone = ratio(by_calibration, prefix)
+        yield Target(f"{what}; the best of each", 1.0, ratio(measured, prefix), decides=not prefix)
+        alone = ratio(calibrated_alone, prefix)
         yield Target(f"{what}; calibration alone", 1.0, alone, decides=False)
 
 

@@ -11,6 +11,7 @@ class DecoderStep:
     def __init__(
         self,
         sizes: list[int],
+        companded: bool,
         eps: float,
         scaling: float,
         cos: Tensor,
@@ -59,6 +60,7 @@ def add_rmsnorm_quantize(
     q: Tensor,
 ) -> None: ...
 def available_isas() -> list[str]: ...
+def compand(q: Tensor) -> None: ...
 def current_isa() -> str: ...
 def gemm_w4(
     x: Tensor,

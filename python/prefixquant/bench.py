@@ -9,7 +9,7 @@ before it is timed, so that kernels are chosen, graphs captured and models compi
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -306,7 +306,7 @@ def _load(
         return Runtime.from_checkpoint(target, device=device, head_bits=head_bits, kv_bits=kv_bits)
     if "dynamic" in (scheme.activation_mode, scheme.kv_mode) or scheme.activation_bits == 16:
         raise UserError(f"scheme: expected static activations of 4 or 8 bits, got {scheme}")
-    scheme = Scheme(scheme.weight_bits, scheme.activation_bits, kv_bits or scheme.kv_bits)
+    scheme = replace(scheme, kv_bits=kv_bits or scheme.kv_bits)
     return Runtime(random_weights(shape_config(target), scheme, device, head_bits=head_bits))
 
 

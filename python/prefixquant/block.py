@@ -56,6 +56,7 @@ class BlockScales:
     kv_bits: int = 16
     activation_mode: str = "static"
     kv_mode: str = "static"
+    companded: bool = False  # the activations' levels (`quantizer.compand`)
 
 
 @dataclass
@@ -99,7 +100,7 @@ def quantize_point(x: Tensor, point: str, scales: BlockScales) -> Tensor:
     if scale is None:
         return x
     quantizer = fake_quantize_dynamic if scales.activation_mode == "dynamic" else fake_quantize
-    return quantizer(x, scale, scales.activation_bits)
+    return quantizer(x, scale, scales.activation_bits, scales.companded)
 
 
 def normed(block: BlockWeights, shape: BlockShape, point: str, x: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def _batches(*tensors: Tensor, size: int = 2) -> Iterable[tuple[Tensor, ...]]:
 
 
 def search_activation_scale(
-    x: Tensor, weights: list[Tensor], bits: int, mode: str = "static"
+    x: Tensor, weights: list[Tensor], bits: int, mode: str = "static", companded: bool = False
 ) -> Tensor:
     """The scale s that minimises ``|(Q(x) - x) [W_1; W_2; ...]^T|^2``: the error that quantizing x
     makes in the outputs of the linears that read it. In dynamic mode, the clip.
@@ -88,12 +88,13 @@ def search_activation_scale(
         x: [..., K].
         weights: float [N_i, K].
         mode: "static" or "dynamic".
+        companded: whether Q's levels are (`quantizer.compand`).
 
     Returns:
         float32 [].
     """
     rows = x.reshape(-1, x.shape[-1])
-    quantizer, start = fake_quantize, minmax_scale(rows.abs().max(), bits)
+    quantizer, start = fake_quantize, minmax_scale(rows.abs().max(), bits, companded)
     if mode == "dynamic":
         quantizer, start = fake_quantize_dynamic, torch.ones_like(start)
     rows = rows[:: max(1, len(rows) // _SEARCH_TOKENS)]
@@ -105,7 +106,7 @@ def search_activation_scale(
     factor = (readers.T @ readers if wide else readers).to(dtype)
 
     def error(ratio: float) -> float:
-        delta = quantizer(rows, start * ratio, bits) - rows
+        delta = quantizer(rows, start * ratio, bits, companded) - rows
         moved = F.linear(delta.to(dtype), factor).float()
         return (moved * delta if wide else moved.square()).sum().item()
 
@@ -175,6 +176,7 @@ class _BlockQuantizer:
             kv_bits=scheme.kv_bits,
             activation_mode=scheme.activation_mode,
             kv_mode=scheme.kv_mode,
+            companded=scheme.companded,
         )
         self.quantized: dict[str, QuantizedWeight] = {}
         self.weight_errors: dict[str, float] = {}
@@ -210,6 +212,7 @@ class _BlockQuantizer:
                 weights,
                 self.scheme.activation_bits,
                 self.scheme.activation_mode,
+                self.scheme.companded,
             )
         x = quantize_point(x, name, self.scales)
         if self.scheme.weight_bits < 16:

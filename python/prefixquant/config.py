@@ -16,7 +16,7 @@ from prefixquant.errors import UserError
 FORMAT_VERSION = 1
 QUANT_METHOD = "prefixquant"
 
-_SCHEME = re.compile(r"w(\d+)a(\d+)(d?)kv(\d+)(d?)")
+_SCHEME = re.compile(r"w(\d+)a(\d+)(c?)(d?)kv(\d+)(d?)")
 MODES = ("static", "dynamic")
 _WEIGHT_BITS = (2, 3, 4, 8)
 _ACTIVATION_BITS = (4, 8, 16)
@@ -33,6 +33,8 @@ class Scheme:
 
     A static scale is found once; a dynamic one is made for every token (K/V: token and head) as the
     model runs. Dynamic modes are there for comparison: they cost time, and K/V have no kernels.
+    Companded 4-bit activations take sixteen levels that are not evenly spaced
+    (`prefixquant.quantizer.compand`).
     """
 
     weight_bits: int
@@ -40,6 +42,7 @@ class Scheme:
     kv_bits: int
     activation_mode: str = "static"
     kv_mode: str = "static"
+    companded: bool = False
 
     def __post_init__(self):
         for name, allowed in (
@@ -67,24 +70,36 @@ class Scheme:
                     f"scheme: {name} expected static, or dynamic with bits below 16, "
                     f"got {mode!r} with {bits} bits"
                 )
+        if type(self.companded) is not bool or (self.companded and self.activation_bits != 4):
+            raise UserError(
+                "scheme: companded expected true (with 4-bit activations) or false, "
+                f"got {self.companded!r} with {self.activation_bits} bits"
+            )
         if self.weight_bits == 8 and self.activation_bits == 4:
             raise UserError("scheme: 8-bit weights with 4-bit activations have no kernel; use w8a8")
 
     @classmethod
     def parse(cls, text: str) -> "Scheme":
-        """``"w4a4kv4"`` -> ``Scheme(4, 4, 4)``; a d makes a part dynamic: ``"w4a4dkv4d"``."""
+        """``"w4a4kv4"`` -> ``Scheme(4, 4, 4)``; a d makes a part dynamic: ``"w4a4dkv4d"``; a c
+        compands the activations: ``"w4a4ckv4"``."""
         match = _SCHEME.fullmatch(text.lower())
         if match is None:
             raise UserError(f"scheme: expected the form w4a4kv4, got {text!r}")
-        weights, activations, dynamic, kv, dynamic_kv = match.groups()
+        weights, activations, companded, dynamic, kv, dynamic_kv = match.groups()
         modes = ("dynamic" if d else "static" for d in (dynamic, dynamic_kv))
-        return cls(int(weights), int(activations), int(kv), *modes)
+        return cls(int(weights), int(activations), int(kv), *modes, bool(companded))
 
     def __str__(self) -> str:
         dynamic, dynamic_kv = (
             "d" if mode == "dynamic" else "" for mode in (self.activation_mode, self.kv_mode)
         )
-        return f"w{self.weight_bits}a{self.activation_bits}{dynamic}kv{self.kv_bits}{dynamic_kv}"
+        activations = f"a{self.activation_bits}{'c' if self.companded else ''}{dynamic}"
+        return f"w{self.weight_bits}{activations}kv{self.kv_bits}{dynamic_kv}"
+
+    @property
+    def container_bits(self) -> int:
+        """Of the integers that the products multiply: companded 4-bit activations take 8."""
+        return 8 if self.companded else self.activation_bits
 
 
 def check_weight_options(scheme: Scheme, group_size: int, outlier_fraction: float) -> None:
@@ -188,6 +203,7 @@ class QuantizationConfig:
     kv_mode: str = "static"
     centred: bool = False  # shifts beside the scales, and a bias for every linear
     centred_keys: bool = False  # a shift beside the scales of K
+    companded: bool = False  # the levels of 4-bit activations
     quant_method: str = QUANT_METHOD
     format_version: int = FORMAT_VERSION
 
@@ -229,6 +245,7 @@ class QuantizationConfig:
             self.kv_bits,
             self.activation_mode,
             self.kv_mode,
+            self.companded,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def plan_report(
         kv_mode=recipe.scheme.kv_mode,
         centred=recipe.centred,
         centred_keys=recipe.centred_keys,
+        companded=recipe.scheme.companded,
     )
     storage = checkpoint_layout.storage(sizes, quantization)
     shape = BlockShape.of(geometry, rotations.rotations)

@@ -119,6 +119,7 @@ def quantize(
         kv_mode=recipe.scheme.kv_mode,
         centred=recipe.centred,
         centred_keys=recipe.centred_keys,
+        companded=recipe.scheme.companded,
     )
     return QuantizedModel(packer.tensors, quantization, report)
 

@@ -2,9 +2,15 @@
 """The symmetric quantizer, in float32 torch: the same expression as the CPU and CUDA kernels."""
 
 import functools
+import math
 
 import torch
 from torch import Tensor
+
+# The sixteen levels of a companded 4-bit value are these and their negatives, in units of a scale.
+# About ``126 sinh(2t) / sinh(2)`` for t = 1/15, 3/15 .. 1: close together where values are dense.
+# What lies half-way between two of them is no integer.
+COMPANDED_LEVELS = (5, 14, 25, 38, 53, 72, 95, 126)
 
 
 def qrange(bits: int) -> tuple[int, int]:
@@ -12,35 +18,63 @@ def qrange(bits: int) -> tuple[int, int]:
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
-def minmax_scale(max_abs: Tensor, bits: int) -> Tensor:
+def container_bits(bits: int, companded: bool) -> int:
+    """Of the integers that stand for values of so many bits: companded levels take 8."""
+    return 8 if companded else bits
+
+
+def minmax_scale(max_abs: Tensor, bits: int, companded: bool = False) -> Tensor:
     """``2 max|x| / (2^b - 1)``: the scale that covers the range, kept above zero."""
-    return (2.0 * max_abs.float() / (2**bits - 1)).clamp_min(1e-12)
+    return (2.0 * max_abs.float() / (2 ** container_bits(bits, companded) - 1)).clamp_min(1e-12)
 
 
-def quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """``q = clamp(rint(x * (1/s)), qmin, qmax)``, float32, round half to even."""
-    qmin, qmax = qrange(bits)
-    return (x.float() * (1.0 / scale)).round_().clamp_(qmin, qmax)
+def quantize(x: Tensor, scale: Tensor, bits: int, companded: bool = False) -> Tensor:
+    """``q = clamp(rint(x * (1/s)), qmin, qmax)``, float32, round half to even.
+
+    Companded, ``compand(q)`` of the 8-bit q: one of 16 levels that are not evenly spaced.
+    """
+    qmin, qmax = qrange(container_bits(bits, companded))
+    q = (x.float() * (1.0 / scale)).round_().clamp_(qmin, qmax)
+    return compand(q) if companded else q
 
 
-def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+def compand(q: Tensor) -> Tensor:
+    """The nearest of the sixteen levels, +- `COMPANDED_LEVELS`, of integers from -128 to 127; 0
+    becomes the smallest positive one, NaN any of them."""
+    table = _companding_table(q.device)
+    index = (q + 128).to(torch.int32).clamp_(0, 255)
+    return table.index_select(0, index.flatten()).view(q.shape)
+
+
+@functools.cache
+def _companding_table(device: torch.device) -> Tensor:
+    """float32 [256], the level of -128 .. 127."""
+    nearest = [
+        min(COMPANDED_LEVELS, key=lambda level: abs(level - abs(q))) for q in range(-128, 128)
+    ]
+    signed = (math.copysign(level, q) for level, q in zip(nearest, range(-128, 128), strict=True))
+    return torch.tensor(list(signed), dtype=torch.float32, device=device)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, bits: int, companded: bool = False) -> Tensor:
     """``quantize(x) * s`` in the dtype of x; differentiable in both (`_StraightThrough`)."""
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
-        return _StraightThrough.apply(x, scale, bits)
-    return quantize(x, scale, bits).mul_(scale).to(x.dtype)
+        return _StraightThrough.apply(x, scale, bits, companded)
+    return quantize(x, scale, bits, companded).mul_(scale).to(x.dtype)
 
 
-def fake_quantize_dynamic(x: Tensor, clip: Tensor, bits: int) -> Tensor:
+def fake_quantize_dynamic(x: Tensor, clip: Tensor, bits: int, companded: bool = False) -> Tensor:
     """Fake quantization of each row (last dimension) of x with a scale of its own.
 
-    ``s = clip * max|x| / (2^(b-1) - 1)`` of the row, 1 where that is 0, as `ops.quantize_dynamic`;
-    differentiable in x and clip, the maximum taken as given.
+    ``s = clip * max|x| / (2^(b-1) - 1)`` of the row, 1 where that is 0, as `ops.quantize_dynamic`
+    (companded: with b = 8); differentiable in x and clip, the maximum taken as given.
 
     Args:
         clip: float32, above 0; broadcasts against the rows' maxima [.., 1].
     """
-    scale = clip * x.detach().abs().amax(-1, keepdim=True).float() / qrange(bits)[1]
-    return fake_quantize(x, torch.where(scale == 0, 1.0, scale), bits)
+    largest = x.detach().abs().amax(-1, keepdim=True).float()
+    scale = clip * largest / qrange(container_bits(bits, companded))[1]
+    return fake_quantize(x, torch.where(scale == 0, 1.0, scale), bits, companded)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -52,35 +86,37 @@ class _StraightThrough(torch.autograd.Function):
         d x_hat / d s = q - v where rint(v) is in range, else q
 
     No factor is put on the scale's gradient: Adam divides by its size anyway. The backward pass
-    rounds x again, so only x and s are kept.
+    rounds x again, so only x and s are kept. Companded levels go by the same formulas, the range
+    that of 8 bits.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    def forward(ctx, x: Tensor, scale: Tensor, bits: int, companded: bool) -> Tensor:
         ctx.save_for_backward(x, scale)
-        ctx.bits = bits
-        return _rounded(x, scale, bits)[0]
+        ctx.levels = bits, companded
+        return _rounded(x, scale, bits, companded)[0]
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, scale = ctx.saved_tensors
-        rounded, inside = _rounded(x.float(), scale, ctx.bits)
+        rounded, inside = _rounded(x.float(), scale, *ctx.levels)
         grad_x = grad * inside if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
-            return grad_x, None, None
+            return grad_x, None, None, None
         by_scale = rounded.sub_(x * inside).mul_(grad)  # times s
-        return grad_x, by_scale.sum_to_size(scale.shape) / scale, None
+        return grad_x, by_scale.sum_to_size(scale.shape) / scale, None, None
 
 
-def _rounded(x: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _rounded(x: Tensor, scale: Tensor, bits: int, companded: bool = False) -> tuple[Tensor, Tensor]:
     """(``quantize(x) * s`` in the dtype of x, where rint(x/s) is in range)."""
     # On a CPU torch's operations below take four times as long as these.
-    found = _rounded_at_once(x, scale, bits) if x.is_cuda else None
+    found = _rounded_at_once(x, scale, bits) if x.is_cuda and not companded else None
     if found is not None:
         return found
     steps = (x.float() * (1.0 / scale)).round_()
-    q = steps.clamp(*qrange(bits))
-    return (q * scale).to(x.dtype), steps == q
+    q = steps.clamp(*qrange(container_bits(bits, companded)))
+    inside = steps == q
+    return ((compand(q) if companded else q) * scale).to(x.dtype), inside
 
 
 def _rounded_at_once(x: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:

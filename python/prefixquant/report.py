@@ -343,6 +343,7 @@ def model_card(
     kept = f", {100 * outliers:g} percent of them in 16 bits beside" if outliers else ""
     by_token = "dynamic per token"
     activations = by_token if scheme.activation_mode == "dynamic" else "static per tensor"
+    activations += ", companded" if scheme.companded else ""
     kv = by_token if scheme.kv_mode == "dynamic" else "static"
     tuning = describe_tuning(report)
     lines = [

@@ -35,7 +35,7 @@ from prefixquant.roles import BlockWeights
 from prefixquant.solvers import QuantizedWeight
 
 _RUN, _SEARCH = "run.json", "search.json"
-_SCALE_FORM = ("activation_bits", "kv_bits", "activation_mode", "kv_mode")
+_SCALE_FORM = ("activation_bits", "kv_bits", "activation_mode", "kv_mode", "companded")
 
 
 def state_folder(output: str | os.PathLike) -> Path:

@@ -70,6 +70,7 @@ class SimulatedModel:
             kv_bits=scheme.kv_bits,
             activation_mode=scheme.activation_mode,
             kv_mode=scheme.kv_mode,
+            companded=scheme.companded,
         )
         if scheme.activation_bits < 16:
             scales.activations = {

@@ -141,6 +141,8 @@ class QuantLinear(FixedDtypeModule):
         outliers: what is added to the weight, or None.
         stored_dtype: the checkpoint's 16-bit dtype, for `usual_dtype`.
         rotation: of x, which is floating then; None for none.
+        companded: whether 4-bit activations take the levels of `ops.compand_`; an int8 x holds
+            them then.
     """
 
     def __init__(  # noqa: PLR0913 - what a checkpoint holds
@@ -157,13 +159,16 @@ class QuantLinear(FixedDtypeModule):
         outliers: SparseOutliers | None = None,
         stored_dtype: torch.dtype | None = None,
         rotation: Rotation | None = None,
+        companded: bool = False,
     ):
         super().__init__(compute_dtype, weight.device, stored_dtype)
         self.rotation = rotation
+        self.companded = companded
         self.dynamic = activation_mode == "dynamic"
         self._clip = input_scale.item() if self.dynamic else None
         self.weight_bits = weight_bits or (4 if weight.dtype == torch.uint8 else 8)
         self.activation_bits = activation_bits
+        self.container_bits = 8 if companded else activation_bits  # of the integers x
         self.out_features = weight.shape[0]
         self.in_features = weight.shape[1] * 8 // self.weight_bits
         self.outliers = outliers
@@ -174,7 +179,7 @@ class QuantLinear(FixedDtypeModule):
         self.register_buffer("input_scale", input_scale)
         self.register_buffer("bias", bias)
         self._gemm = {(4, 4): ops.gemm_w4a4, (4, 8): ops.gemm_w4a8, (8, 8): ops.gemm_w8a8}.get(
-            (self.weight_bits, activation_bits)
+            (self.weight_bits, self.container_bits)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,14 +196,19 @@ class QuantLinear(FixedDtypeModule):
         return y
 
     def _quantized(self, x: Tensor) -> Tensor:
-        scale, bits = self.input_scale, self.activation_bits
+        scale, bits = self.input_scale, self.container_bits
         if self.rotation is None:
-            return ops.quantize_static(x, scale, bits)
-        return ops.hadamard_quantize(x, self.rotation.signs, self.rotation.size, scale, bits)
+            return self._levels(ops.quantize_static(x, scale, bits))
+        rotation = self.rotation
+        return self._levels(ops.hadamard_quantize(x, rotation.signs, rotation.size, scale, bits))
+
+    def _levels(self, q: Tensor) -> Tensor:
+        return ops.compand_(q) if self.companded else q
 
     def _by_row(self, x: Tensor) -> Tensor:
         """The comparison mode: one more pass over y for the rows' scales."""
-        q, row_scale = ops.quantize_dynamic(x, self.activation_bits, self._clip)
+        q, row_scale = ops.quantize_dynamic(x, self.container_bits, self._clip)
+        q = self._levels(q)
         one = torch.ones_like(self.input_scale)
         y = self._gemm(q, self.weight, self.weight_scale, one, None, torch.float32)
         if self.outliers is not None:
@@ -240,12 +250,13 @@ class QuantLinear(FixedDtypeModule):
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.out_features}, w{self.weight_bits}a{self.activation_bits}"
+            f"{'c' if self.companded else ''}"
         )
 
 
 class QuantRMSNorm(FixedDtypeModule):
     """RMSNorm that hands on int8 containers: ``q(R6(x / rms(x) * weight) - shift)``; ``rotation``
-    is R6, None for none."""
+    is R6, None for none; companded, ``bits`` are those of the containers."""
 
     def __init__(
         self,
@@ -255,10 +266,12 @@ class QuantRMSNorm(FixedDtypeModule):
         bits: int,
         shift: Tensor | None = None,
         rotation: Rotation | None = None,
+        companded: bool = False,
     ):
         super().__init__(weight.dtype, weight.device)
         self.eps = eps
         self.bits = bits
+        self.companded = companded
         self.rotation = rotation
         # Folded norms are all ones: then there is nothing to multiply by.
         self.register_buffer("weight", None if bool((weight == 1).all()) else weight)
@@ -266,6 +279,10 @@ class QuantRMSNorm(FixedDtypeModule):
         self.register_buffer("shift", shift)
 
     def forward(self, x: Tensor) -> Tensor:
+        q = self._quantized(x)
+        return ops.compand_(q) if self.companded else q
+
+    def _quantized(self, x: Tensor) -> Tensor:
         if self.rotation is not None:
             return ops.rmsnorm_hadamard_quantize(
                 x,
@@ -337,9 +354,9 @@ class QuantMLP(nn.Module):
             self.rotation.signs,
             self.rotation.size,
             down.input_scale,
-            down.activation_bits,
+            down.container_bits,
         )
-        return down(inner)
+        return down(ops.compand_(inner) if down.companded else inner)
 
 
 class SixteenBitHead(FixedDtypeModule):

@@ -195,6 +195,7 @@ class _Builder:
             activation_mode=self.scheme.activation_mode,
             stored_dtype=self.stored_dtype,
             rotation=self.r5 if linear_roles == ("o",) else None,
+            companded=self.scheme.companded,
         )
 
     def _outliers(self, paths: list[str]) -> SparseOutliers | None:
@@ -219,8 +220,8 @@ class _Builder:
         r6 = None if scale is None else self.r6
         if scale is None or not static:
             return RMSNorm(weight, eps, self.dtype, self.stored_dtype, shift, r6)
-        bits = self.scheme.activation_bits
-        return QuantRMSNorm(weight, eps, self.tensor(scale), bits, shift, r6)
+        bits, companded = self.scheme.container_bits, self.scheme.companded
+        return QuantRMSNorm(weight, eps, self.tensor(scale), bits, shift, r6, companded)
 
     def fill_block(self, block: nn.Module, index: int) -> None:
         roles, name = self.roles, f"{self.roles.blocks}.{index}"

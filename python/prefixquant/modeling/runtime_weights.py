@@ -50,6 +50,7 @@ def runtime_weights(model: nn.Module) -> Weights:
         rotation=_rotation(kv.rotation),
         mlp_rotation=_rotation(mlp.rotation),
         attention_rotation=_rotation(o.rotation),
+        companded=o.companded,
         embedding=embedding.weight,
         blocks=[_block(block, roles, dtype) for block in blocks],
         final_norm=model.get_submodule(roles.final_norm).weight.detach(),
@@ -102,7 +103,7 @@ def _block(block: nn.Module, roles: Roles, dtype: torch.dtype) -> Block:
 def _norm(norm: QuantRMSNorm, dtype: torch.dtype) -> Norm:
     weight = None if norm.weight is None else norm.weight.to(dtype)
     rotation = _rotation(norm.rotation)
-    return Norm(weight, norm.eps, norm.input_scale, norm.bits, norm.shift, rotation)
+    return Norm(weight, norm.eps, norm.input_scale, norm.bits, norm.shift, rotation, norm.companded)
 
 
 def _rotation(rotation: RotationModule | None) -> Rotation:
@@ -115,7 +116,7 @@ def _linear(linear: QuantLinear) -> Linear:
         linear.weight_scale,
         linear.input_scale,
         linear.bias,
-        (linear.weight_bits, linear.activation_bits),
+        (linear.weight_bits, linear.container_bits),
         linear.compute_dtype,
     )
 
@@ -131,7 +132,7 @@ def _stacked(linears: Sequence[QuantLinear]) -> Linear:
         torch.cat([linear.weight_scale for linear in linears]),
         first.input_scale,
         None if biases[0] is None else torch.cat(biases),
-        (first.weight_bits, first.activation_bits),
+        (first.weight_bits, first.container_bits),
         first.compute_dtype,
     )
 

@@ -53,6 +53,7 @@ class CpuStep:
                 *first.qkv.bits,
                 weights.kv_bits,
             ],
+            companded=weights.companded,
             eps=geometry.eps,
             scaling=self.decoder.scaling,
             cos=self.decoder.cos,

@@ -241,11 +241,15 @@ class Decoder:
     def _rotated(self, block: Block, attended: Tensor) -> Tensor:
         """What the o projection reads, int8 [T, Hq * D], of attention's output."""
         r5 = self.weights.attention_rotation
-        if r5.size == 1:
-            return attended
-        return ops.hadamard_quantize(
-            attended, r5.signs, r5.size, block.o.input_scale, block.o.bits[1]
-        )
+        if r5.size > 1:
+            attended = ops.hadamard_quantize(
+                attended, r5.signs, r5.size, block.o.input_scale, block.o.bits[1]
+            )
+        return self._levels(attended)
+
+    def _levels(self, q: Tensor) -> Tensor:
+        """int8 as the quantization left it -> the levels that a linear reads."""
+        return ops.compand_(q) if self.weights.companded else q
 
     def _behind_attention(self, block: Block, hidden: Tensor, attended: Tensor) -> Tensor:
         """The rest of a block: [T, C], of hidden [T, C] and attended int8 [T, Hq * D]."""
@@ -255,7 +259,7 @@ class Decoder:
         inner = ops.swiglu_hadamard_quantize(
             gate, up, r4.signs, r4.size, block.down.input_scale, block.down.bits[1]
         )
-        return block.down(inner, residual=hidden)
+        return block.down(self._levels(inner), residual=hidden)
 
 
 def rope_tables(config, count: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -144,6 +144,7 @@ class _Maker:
             rotation=rotation(g.head_dim, self.device),
             mlp_rotation=rotation(g.intermediate, self.device),
             attention_rotation=self.attention_rotation,
+            companded=self.scheme.companded,
             embedding=embedding,
             blocks=[self.block(config.model_type == "qwen3") for _ in range(g.layers)],
             final_norm=torch.ones(g.hidden, dtype=self.dtype, device=self.device),
@@ -187,9 +188,9 @@ class _Maker:
         return Linear(
             prepack(self.levels(n, k, bits)),
             self.scale(n, k, bits),
-            self.full((), 3.0, self.scheme.activation_bits),
+            self.full((), 3.0, self.scheme.container_bits),
             self.normal(n).float() / 8,
-            (bits, self.scheme.activation_bits),
+            (bits, self.scheme.container_bits),
             self.dtype,
         )
 
@@ -205,12 +206,19 @@ class _Maker:
 
     def norm(self, following: Linear) -> Norm:
         """With R6 a weight as the balance of channels leaves it, about 1."""
-        g, bits = self.geometry, self.scheme.activation_bits
-        weight = None
+        g, scheme, weight = self.geometry, self.scheme, None
         if self.norm_rotation.size > 1:
             weight = (self.normal(g.hidden).float() / 8).exp().to(self.dtype)
         shift = self.normal(g.hidden) / 8
-        return Norm(weight, g.eps, following.input_scale, bits, shift, self.norm_rotation)
+        return Norm(
+            weight,
+            g.eps,
+            following.input_scale,
+            scheme.container_bits,
+            shift,
+            self.norm_rotation,
+            scheme.companded,
+        )
 
     def full(self, shape: tuple[int, ...], largest: float, bits: int) -> Tensor:
         """Scales that map ``largest`` to the largest level."""

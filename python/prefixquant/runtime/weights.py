@@ -30,7 +30,7 @@ class Linear:
     weight_scale: Tensor  # float32 [N]
     input_scale: Tensor  # float32 []
     bias: Tensor | None  # [N]
-    bits: tuple[int, int]  # of the weight and of x
+    bits: tuple[int, int]  # of the weight and of the integers x
     out_dtype: torch.dtype
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -64,8 +64,13 @@ class Norm:
     output_bits: int
     shift: Tensor | None = None  # floating [C], which that linear's bias brings back
     rotation: Rotation = Rotation(1, None)  # R6, one for all norms of a decoder
+    companded: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
+        q = self._quantized(x)
+        return ops.compand_(q) if self.companded else q
+
+    def _quantized(self, x: Tensor) -> Tensor:
         if self.rotation.size > 1:
             return ops.rmsnorm_hadamard_quantize(
                 x,
@@ -110,6 +115,7 @@ class Weights:
     rotation: Rotation  # R3, of queries and keys
     mlp_rotation: Rotation  # R4, of the down projection's input
     attention_rotation: Rotation  # R5, of the o projection's
+    companded: bool  # the activations' levels
     embedding: Tensor  # 16-bit [V, C]
     blocks: list[Block]
     final_norm: Tensor  # [C]
@@ -251,6 +257,7 @@ class _Reader:
             rotation=rotation(self.geometry.head_dim if rotations.r3 else 1, self.device),
             mlp_rotation=rotation(rotations.r4_size, self.device),
             attention_rotation=rotation(rotations.r5_size, self.device),
+            companded=self.scheme.companded,
             embedding=self.tensor(f"{roles.embedding}.weight"),
             blocks=[self.block(index) for index in range(self.geometry.layers)],
             final_norm=final_norm,
@@ -288,7 +295,7 @@ class _Reader:
             torch.cat([self.tensor(f"{path}.weight_scale") for path in paths]),
             self.tensor(f"{block}.{self.roles.point_scales[POINT_OF[linear_roles[0]]]}"),
             self.bias(paths),
-            (self.scheme.weight_bits, self.scheme.activation_bits),
+            (self.scheme.weight_bits, self.scheme.container_bits),
             self.dtype,
         )
 
@@ -302,9 +309,10 @@ class _Reader:
             None if bool((weight == 1).all()) else weight,
             self.geometry.eps,
             self.tensor(f"{block}.{self.roles.point_scales[point]}"),
-            self.scheme.activation_bits,
+            self.scheme.container_bits,
             self.shift(block, point),
             self.norm_rotation,
+            self.scheme.companded,
         )
 
     def shift(self, block: str, point: str) -> Tensor | None:
