@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The levels of companded activations: the operation, the quantizer, its gradients, the schemes."""
 
+import itertools
 import math
 
 import pytest
@@ -15,7 +16,8 @@ from prefixquant.modeling.linear import QuantLinear
 from prefixquant.ops import compand_, pack_int4, quantize_dynamic, quantize_static
 from prefixquant.quantizer import (
     COMPANDED_LEVELS,
-    compand,
+    _companded_at_once,
+    _rounded,
     fake_quantize,
     fake_quantize_dynamic,
     minmax_scale,
@@ -30,7 +32,7 @@ def test_levels():
     for index, level in enumerate(COMPANDED_LEVELS):
         t = (2 * index + 1) / 15
         assert abs(level - 126 * math.sinh(2 * t) / math.sinh(2)) <= 1
-    halves = [(a + b) % 2 for a, b in zip(COMPANDED_LEVELS, COMPANDED_LEVELS[1:], strict=False)]
+    halves = [(a + b) % 2 for a, b in itertools.pairwise(COMPANDED_LEVELS)]
     assert halves == [1] * 7
 
 
@@ -82,6 +84,21 @@ def test_fake_quantization_equals_the_operations(dtype):
     q, row_scale = quantize_dynamic(x, 8, 0.9)
     found = fake_quantize_dynamic(x, torch.tensor(0.9), 4, companded=True)
     assert_bits_equal(found, (compand_(q) * row_scale[:, None]).to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (9, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_on_a_gpu_gives_the_same_values(dtype, shape):
+    """Ties between integers, what lies beside them, and the ends of the range."""
+    halves = torch.arange(-260, 260) / 2
+    beside = [halves.nextafter(torch.tensor(end)) for end in (-torch.inf, torch.inf)]
+    x = torch.cat((halves, *beside, torch.randn(600) * 60)).repeat(9, 1)
+    scale = 2.0 ** torch.arange(9)[:, None] if shape == (9, 1) else torch.full(shape, 0.5)
+    x = (x * scale).to(dtype)
+    for found, expected in zip(
+        _companded_at_once(x, scale), _rounded(x, scale, 4, True), strict=True
+    ):
+        assert_bits_equal(found, expected)
 
 
 def test_gradients():
