@@ -237,6 +237,19 @@ def test_a_learned_block_starts_as_it_was_calibrated(scheme, weights):
     assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max().item())
 
 
+def test_companded_biases_are_trained_in_units_of_the_same_size():
+    """The scale itself is that of 8 bits."""
+    units = {}
+    for scheme in ("w4a4kv4", "w4a4ckv4"):
+        setting = Setting("llama", scheme)
+        original, block = setting.calibrated(0)
+        learned = LearnedBlock(block, original, setting.prefix[0], Learned())
+        units[scheme] = torch.cat([learned.get_buffer(f"bias_unit_{r}") for r in learned.biases])
+    ratio = units["w4a4ckv4"] / units["w4a4kv4"]
+    assert ratio.min() > 0.7
+    assert ratio.max() < 2
+
+
 def test_integers_of_a_solver_survive_the_latent_weights():
     """A solver may round a weight to another neighbour than the nearest."""
     setting = Setting()

@@ -8,8 +8,9 @@ suits all tensors of all models:
 - a weight is kept in parts of its channel's range, ``w = W / (s0 * 2^(b-1))``, so that two levels
   of 4 bits are 1/8 apart whatever the weight's size;
 - a norm weight is ``g0 * exp(gamma)``; the prefix K/V are ``kv0 + delta * rms(kv0)``;
-- a bias is ``b0 + delta * |W[n]| * sx`` with sx the scale of the linear's input: about the size of
-  the error that quantizing the input makes in that output.
+- a bias is ``b0 + delta * |W[n]| * sx`` with sx the scale of the linear's input (companded: the
+  mean distance of its levels): about the size of the error that quantizing the input makes in that
+  output.
 
 At the start, integers and scales are those of the calibrated block, bit for bit.
 """
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from prefixquant.block import BlockScales, PrefixKV
 from prefixquant.calibrate import CalibratedBlock
 from prefixquant.errors import UserError
-from prefixquant.quantizer import fake_quantize, qrange, quantize
+from prefixquant.quantizer import container_bits, fake_quantize, qrange, quantize
 from prefixquant.roles import POINT_OF, BlockWeights
 from prefixquant.solvers import QuantizedWeight
 
@@ -111,12 +112,15 @@ class LearnedBlock(nn.Module):
 
     def _add_biases(self, block: CalibratedBlock) -> None:
         simulated, activations = block.simulated, block.scales.activations
+        bits, dynamic = block.scales.activation_bits, block.scales.activation_mode == "dynamic"
+        units = 2 ** container_bits(bits, block.scales.companded and not dynamic) - 1
         self.biases = tuple(role for role, b in simulated.biases.items() if b is not None)
         self.bias_delta = nn.ParameterDict()
         for role in self.biases:
             start = simulated.biases[role].float().clone()
             size = block.weights[role].dequantize().norm(dim=1)
-            unit = size * activations.get(POINT_OF[role], torch.ones_like(size[0]))
+            step = activations.get(POINT_OF[role], torch.ones_like(size[0]))
+            unit = size * step * (units / (2**bits - 1))
             self.register_buffer(f"bias_start_{role}", start)
             self.register_buffer(f"bias_unit_{role}", unit)
             self.bias_delta[role] = torch.zeros_like(start)
