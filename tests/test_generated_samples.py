@@ -5,11 +5,11 @@ import dataclasses
 
 import pytest
 import torch
+from finetune_cases import CONFIG, Setting
 from prefixquant.config import FinetuneConfig, RecipeConfig, Scheme
 from prefixquant.errors import UserError
 from prefixquant.finetune import EndToEnd, Learned, generate_samples
 from prefixquant.quantize import quantize
-from test_finetune import CONFIG, Setting
 from tiny_families import FAMILIES, tiny_family
 from tiny_model import byte_tokenizer
 
