@@ -15,8 +15,6 @@ namespace {
 
 constexpr int64_t kMaxDim = 1024;  // a head's row in shared memory
 
-cudaStream_t as_stream(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
-
 void check_last_contiguous(const ArgumentChecker& check, const TensorView& t, const char* name) {
   PQ_CHECK(check.op, t.size(-1) <= 1 || t.stride(-1) == 1, name,
            ": expected a contiguous last dimension, got stride ", t.stride(-1));
@@ -159,7 +157,7 @@ void rope_kv_append_cuda(const TensorView& qkv, const TensorView& cos, const Ten
   if (p.tokens == 0) return;
   PQ_CHECK(check.op, p.page_size > 0, "k_cache: expected at least one row in a page, got shape ",
            k_cache.shape_text());
-  launch_rope_kv_append(p, device_info_of(device), as_stream(stream));
+  launch_rope_kv_append(p, device_info_of(device), as_cuda_stream(stream));
 }
 
 void kv_quantize_cuda(const std::string& op, const TensorView& x, const TensorView& scale,
@@ -198,7 +196,7 @@ void kv_quantize_cuda(const std::string& op, const TensorView& x, const TensorVi
   p.heads = checked_size(check, "x", x.size(1));
   p.tokens = checked_size(check, "x", x.size(2));
   p.dim = static_cast<int>(dim);
-  launch_kv_quantize(p, as_stream(stream));
+  launch_kv_quantize(p, as_cuda_stream(stream));
 }
 
 void kv_dequantize_cuda(const TensorView& q, const OptionalTensor& scale, int64_t bits,
@@ -239,7 +237,7 @@ void kv_dequantize_cuda(const TensorView& q, const OptionalTensor& scale, int64_
   p.heads = checked_size(check, "y", y.size(1));
   p.tokens = checked_size(check, "y", y.size(2));
   p.dim = checked_size(check, "y", y.size(3));
-  launch_kv_dequantize(p, as_stream(stream));
+  launch_kv_dequantize(p, as_cuda_stream(stream));
 }
 
 }  // namespace prefixquant
