@@ -81,50 +81,49 @@ _LEVELS = {"even": ("W4A4KV4", "W4A4DKV4D"), "companded": ("W4A4CKV4", "W4A4CDKV
 Best = dict[tuple[bool, bool], float]
 
 
-def _by_calibration(folder: Path) -> dict[str, Best]:
-    """By levels: of all that run_experiments.py measured."""
-    found: dict[str, Best] = {levels: {} for levels in _LEVELS}
+def _by_calibration(folder: Path) -> list[Best]:
+    """Of run_experiments.py, by file (one state of the method) and levels."""
+    found: dict[tuple[str, str], Best] = {}
     for name in ("dynamic", "companded"):
         for _, result in load(folder, f"smollm2-135m-instruct-{name}"):
             for row in (dict(zip(result["columns"], r, strict=True)) for r in result["rows"]):
-                best = found[row.get("levels", "even")]
+                best = found.setdefault((name, row.get("levels", "even")), {})
                 key = " static," in row["setting"], "no prefix" not in row["setting"]
                 best[key] = min(row["ppl"], best.get(key, row["ppl"]))
-    return found
+    return list(found.values())
 
 
-def _of_all(folder: Path) -> dict[str, Best]:
-    """By levels: fine-tuning included."""
-    found = _by_calibration(folder)
+def _by_training(folder: Path) -> list[Best]:
+    """Of run_finetune.py, by levels."""
+    found: list[Best] = [{} for _ in _LEVELS]
     for (setting, text), value in fine_tuned(folder).items():
-        for levels, pair in _LEVELS.items():
+        for best, pair in zip(found, _LEVELS.values(), strict=True):
             if setting in pair:
                 key = setting == pair[0], text != "none"
-                found[levels][key] = min(value, found[levels].get(key, value))
+                best[key] = min(value, best.get(key, value))
     return found
 
 
 def static_over_dynamic(folder: Path) -> Iterator[Target]:
     """The best perplexity of dynamic scales over that of static ones behind a prefix: of all that
-    was measured, and of calibration alone. Of both, the better levels count, among those that were
-    measured with both."""
+    was measured, and of calibration alone. What was not measured with both does not count."""
 
-    def ratio(found: dict[str, Best], prefix: bool) -> float | None:
-        pairs = [
-            (best[True, True], best[False, prefix])
-            for best in found.values()
-            if {(True, True), (False, prefix)} <= set(best)
-        ]
+    def ratio(found: list[Best], prefix: bool) -> float | None:
+        wanted = (True, True), (False, prefix)
+        pairs = [[best[key] for key in wanted] for best in found if set(wanted) <= set(best)]
         if not pairs:
             return None
         static, dynamic = (min(ppl) for ppl in zip(*pairs, strict=True))
         return dynamic / static
 
-    measured, calibrated_alone = _of_all(folder), _by_calibration(folder)
+    by_calibration = _by_calibration(folder)
+    everything = by_calibration + _by_training(folder)
     for prefix, name in ((False, "no prefix"), (True, "prefix")):
         what = f"W4A4KV4: perplexity of dynamic, {name}, over static, prefix"
-        yield Target(f"{what}; the best of each", 1.0, ratio(measured, prefix), decides=not prefix)
-        alone = ratio(calibrated_alone, prefix)
+        yield Target(
+            f"{what}; the best of each", 1.0, ratio(everything, prefix), decides=not prefix
+        )
+        alone = ratio(by_calibration, prefix)
         yield Target(f"{what}; calibration alone", 1.0, alone, decides=False)
 
 
