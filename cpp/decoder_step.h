@@ -4,9 +4,9 @@
 // Computes what the operations of this package compute one after the other (rmsnorm_quantize or
 // with R6 rmsnorm_hadamard_quantize, gemm, rope_kv_append, kv_decode_attention, with R5
 // hadamard_quantize, gemm + residual, the norm as before, gemm, swiglu_hadamard_quantize, gemm +
-// residual, bit for bit), in one parallel region with five barriers a block. A small model is done
-// with a block in some 100 us: nine calls through Python and as many parallel regions would take
-// longer than the work.
+// residual, and compand_ behind every quantization of a companded model, bit for bit), in one
+// parallel region with five barriers a block. A small model is done with a block in some 100 us:
+// nine calls through Python and as many parallel regions would take longer than the work.
 //
 // The tensors are given once and must live as long as the object. Not for several threads at once.
 #pragma once

@@ -75,8 +75,8 @@ def calibrated(folder: Path) -> Iterator[Target]:
         yield Target(tag, bar, min(found, default=None), "", at_most=True)
 
 
-# levels of the activations -> settings of run_finetune.py: static, dynamic
-_LEVELS = {"even": ("W4A4KV4", "W4A4DKV4D"), "companded": ("W4A4CKV4", "W4A4CDKV4D")}
+# Settings of run_finetune.py, static and dynamic, of even and of companded levels.
+_PAIRS = (("W4A4KV4", "W4A4DKV4D"), ("W4A4CKV4", "W4A4CDKV4D"))
 # (static?, behind a prefix?) -> the best perplexity
 Best = dict[tuple[bool, bool], float]
 
@@ -95,9 +95,9 @@ def _by_calibration(folder: Path) -> list[Best]:
 
 def _by_training(folder: Path) -> list[Best]:
     """Of run_finetune.py, by levels."""
-    found: list[Best] = [{} for _ in _LEVELS]
+    found: list[Best] = [{} for _ in _PAIRS]
     for (setting, text), value in fine_tuned(folder).items():
-        for best, pair in zip(found, _LEVELS.values(), strict=True):
+        for best, pair in zip(found, _PAIRS, strict=True):
             if setting in pair:
                 key = setting == pair[0], text != "none"
                 best[key] = min(value, best.get(key, value))

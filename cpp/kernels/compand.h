@@ -6,23 +6,23 @@
 
 PQ_ISA_NAMESPACE_BEGIN
 
-// The levels are kCompandFirst, kCompandFirst + the first step and so on, and their negatives. A
-// step is taken at magnitudes of kCompandFrom and more: half-way, rounded up.
-constexpr int kCompandSteps = 7;
-constexpr int8_t kCompandFirst = 5;
-constexpr int8_t kCompandStep[kCompandSteps] = {9, 11, 13, 15, 19, 23, 31};
-constexpr int8_t kCompandFrom[kCompandSteps] = {10, 20, 32, 46, 63, 84, 111};
+// And their negatives.
+constexpr int kCompandSizes = 8;
+constexpr int kCompandSize[kCompandSizes] = {5, 14, 25, 38, 53, 72, 95, 126};
 
 template <int N>
 PQ_INLINE Bytes<N> compand_lanes(Bytes<N> q) {
   const Bytes<N> zero = {}, sign = q >> 7;
   q = q < -127 ? zero - static_cast<int8_t>(127) : q;  // has no positive of its size
   const Bytes<N> size = (q ^ sign) - sign;
-  Bytes<N> level = zero + kCompandFirst;
+  Bytes<N> level = zero + static_cast<int8_t>(kCompandSize[0]);
 #pragma GCC unroll 7
-  for (int i = 0; i < kCompandSteps; ++i) {
-    const Bytes<N> reached = size >= kCompandFrom[i];
-    level += reached & kCompandStep[i];
+  for (int i = 1; i < kCompandSizes; ++i) {
+    // Half-way, rounded up: it is no integer.
+    const auto from = static_cast<int8_t>((kCompandSize[i - 1] + kCompandSize[i] + 1) / 2);
+    const auto step = static_cast<int8_t>(kCompandSize[i] - kCompandSize[i - 1]);
+    const Bytes<N> reached = size >= from;
+    level += reached & step;
   }
   return (level ^ sign) - sign;
 }

@@ -27,6 +27,11 @@ SOLVERS = ("rtn", "gptq", "quantease", "quantease-outlier")
 COMPENSATION = 0.3
 
 
+def container_bits(bits: int, companded: bool) -> int:
+    """Of the integers that stand for values of so many bits: companded levels take 8."""
+    return 8 if companded else bits
+
+
 @dataclass(frozen=True)
 class Scheme:
     """Bit widths of weights, activations and KV cache; 16 means not quantized.
@@ -98,8 +103,8 @@ class Scheme:
 
     @property
     def container_bits(self) -> int:
-        """Of the integers that the products multiply: companded 4-bit activations take 8."""
-        return 8 if self.companded else self.activation_bits
+        """Of the integers that stand for activations, which the products multiply."""
+        return container_bits(self.activation_bits, self.companded)
 
 
 def check_weight_options(scheme: Scheme, group_size: int, outlier_fraction: float) -> None:

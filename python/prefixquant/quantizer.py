@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from prefixquant.config import container_bits
+
 # The sixteen levels of a companded 4-bit value are these and their negatives, in units of a scale.
 # About ``126 sinh(2t) / sinh(2)`` for t = 1/15, 3/15 .. 1: close together where values are dense.
 # What lies half-way between two of them is no integer.
@@ -16,11 +18,6 @@ COMPANDED_LEVELS = (5, 14, 25, 38, 53, 72, 95, 126)
 def qrange(bits: int) -> tuple[int, int]:
     """The integers of a signed ``bits``-bit value: -2^(b-1) and 2^(b-1) - 1."""
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-
-
-def container_bits(bits: int, companded: bool) -> int:
-    """Of the integers that stand for values of so many bits: companded levels take 8."""
-    return 8 if companded else bits
 
 
 def minmax_scale(max_abs: Tensor, bits: int, companded: bool = False) -> Tensor:

@@ -8,12 +8,9 @@
 
 namespace prefixquant {
 
-// The levels are kCompandFirst, kCompandFirst + the first step and so on, and their negatives. A
-// step is taken at magnitudes of kCompandFrom and more: half-way, rounded up.
-inline constexpr uint32_t kCompandFirst = 5;
-inline constexpr int kCompandSteps = 7;
-__device__ constexpr uint32_t kCompandStep[kCompandSteps] = {9, 11, 13, 15, 19, 23, 31};
-__device__ constexpr uint32_t kCompandFrom[kCompandSteps] = {10, 20, 32, 46, 63, 84, 111};
+// And their negatives.
+inline constexpr int kCompandSizes = 8;
+__device__ constexpr uint32_t kCompandSize[kCompandSizes] = {5, 14, 25, 38, 53, 72, 95, 126};
 
 // Four int8 to their levels. No sum or difference below carries from one byte into the next.
 __device__ __forceinline__ uint32_t compand4(uint32_t q) {
@@ -23,11 +20,13 @@ __device__ __forceinline__ uint32_t compand4(uint32_t q) {
   uint32_t size = (q ^ sign) + negative;
   size -= (size & kHigh) >> 7;  // 128 to 127
   const uint32_t marked = size | kHigh;
-  uint32_t level = kOnes * kCompandFirst;
+  uint32_t level = kOnes * kCompandSize[0];
 #pragma unroll
-  for (int i = 0; i < kCompandSteps; ++i) {
-    const uint32_t reached = (marked - kOnes * kCompandFrom[i]) & kHigh;  // where size >= from
-    level += (reached >> 7) * kCompandStep[i];
+  for (int i = 1; i < kCompandSizes; ++i) {
+    // Half-way, rounded up: it is no integer.
+    const uint32_t from = (kCompandSize[i - 1] + kCompandSize[i] + 1) / 2;
+    const uint32_t reached = (marked - kOnes * from) & kHigh;  // where size >= from
+    level += (reached >> 7) * (kCompandSize[i] - kCompandSize[i - 1]);
   }
   return (level ^ sign) + negative;
 }

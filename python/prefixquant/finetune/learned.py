@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from prefixquant.block import BlockScales, PrefixKV
 from prefixquant.calibrate import CalibratedBlock
+from prefixquant.config import container_bits
 from prefixquant.errors import UserError
-from prefixquant.quantizer import container_bits, fake_quantize, qrange, quantize
+from prefixquant.quantizer import fake_quantize, qrange, quantize
 from prefixquant.roles import POINT_OF, BlockWeights
 from prefixquant.solvers import QuantizedWeight
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prefixquant import ops
+from prefixquant.config import container_bits
 from prefixquant.dtypes import head_weight, usual_dtype
 from prefixquant.hadamard import hadamard_signs, split_size
 from prefixquant.ops.gemm import PREPACKED_SHAPES
@@ -168,7 +169,7 @@ class QuantLinear(FixedDtypeModule):
         self._clip = input_scale.item() if self.dynamic else None
         self.weight_bits = weight_bits or (4 if weight.dtype == torch.uint8 else 8)
         self.activation_bits = activation_bits
-        self.container_bits = 8 if companded else activation_bits  # of the integers x
+        self.container_bits = container_bits(activation_bits, companded)  # of the integers x
         self.out_features = weight.shape[0]
         self.in_features = weight.shape[1] * 8 // self.weight_bits
         self.outliers = outliers
@@ -198,17 +199,18 @@ class QuantLinear(FixedDtypeModule):
     def _quantized(self, x: Tensor) -> Tensor:
         scale, bits = self.input_scale, self.container_bits
         if self.rotation is None:
-            return self._levels(ops.quantize_static(x, scale, bits))
+            return self.levels(ops.quantize_static(x, scale, bits))
         rotation = self.rotation
-        return self._levels(ops.hadamard_quantize(x, rotation.signs, rotation.size, scale, bits))
+        return self.levels(ops.hadamard_quantize(x, rotation.signs, rotation.size, scale, bits))
 
-    def _levels(self, q: Tensor) -> Tensor:
+    def levels(self, q: Tensor) -> Tensor:
+        """int8 as a quantization left it -> the levels that x holds."""
         return ops.compand_(q) if self.companded else q
 
     def _by_row(self, x: Tensor) -> Tensor:
         """The comparison mode: one more pass over y for the rows' scales."""
         q, row_scale = ops.quantize_dynamic(x, self.container_bits, self._clip)
-        q = self._levels(q)
+        q = self.levels(q)
         one = torch.ones_like(self.input_scale)
         y = self._gemm(q, self.weight, self.weight_scale, one, None, torch.float32)
         if self.outliers is not None:
@@ -356,7 +358,7 @@ class QuantMLP(nn.Module):
             down.input_scale,
             down.container_bits,
         )
-        return down(ops.compand_(inner) if down.companded else inner)
+        return down(down.levels(inner))
 
 
 class SixteenBitHead(FixedDtypeModule):
